@@ -1,0 +1,52 @@
+"""What one step computes, and what it returned. Plain columns; knows neither torch nor ray."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from .request import FinishReason, TokenLogprobs
+from .sequence import Sequence
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Batch:
+    """Rows of one model step, prompts' chunks and decoding rows alike.
+
+    Row i computes positions `[starts[i], starts[i] + counts[i])` of `sequences[i]`, whose blocks
+    are already allocated. A row samples when it reaches its sequence's last known token.
+    Decoding rows (count 1, sampling) stand before chunks.
+    """
+
+    sequences: list[Sequence]
+    starts: list[int]
+    counts: list[int]
+
+    @property
+    def num_rows(self) -> int:
+        return len(self.sequences)
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(self.counts)
+
+    def samples(self, row: int) -> bool:
+        """Whether the row's last position is the last known one, so that a token follows."""
+        return self.starts[row] + self.counts[row] == self.sequences[row].num_tokens
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepOutput:
+    """What the runner returned: one entry a row, -1 where the row does not sample."""
+
+    token_ids: list[int]
+    logprobs: list[TokenLogprobs | None] | None = None  # None: no row asked
+
+
+@dataclass(kw_only=True, slots=True)
+class Progress:
+    """What a scheduler made of a step's output. Columns, because it is sent as columns."""
+
+    sequences: list[Sequence] = field(default_factory=list)  # rows that got a token, in order
+    token_ids: list[int] = field(default_factory=list)
+    rows: list[int] = field(default_factory=list)  # their row in the batch
+    finished: list[tuple[Sequence, FinishReason]] = field(default_factory=list)
