@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-
-class PhasewiseError(Exception):
-    """Root of every error that a person or a client is meant to read."""
+from ..configs.errors import InvalidConfig, PhasewiseError
 
 
 class InvalidRequest(PhasewiseError):
@@ -13,16 +11,6 @@ class InvalidRequest(PhasewiseError):
     def __init__(self, field: str, reason: str, remedy: str) -> None:
         super().__init__(f"{field}: {reason}; {remedy}")
         self.field = field
-        self.reason = reason
-        self.remedy = remedy
-
-
-class InvalidConfig(PhasewiseError):
-    """A file or flag that a person must mend (exit code 2). `where` is a key path or a file."""
-
-    def __init__(self, where: str, reason: str, remedy: str) -> None:
-        super().__init__(f"{where}: {reason}; {remedy}")
-        self.where = where
         self.reason = reason
         self.remedy = remedy
 
@@ -36,6 +24,7 @@ class Overloaded(PhasewiseError):
 
     def __init__(self, reason: str, *, retry_after_s: float) -> None:
         super().__init__(f"{reason}; retry after {retry_after_s:.1f} s")
+        self.reason = reason
         self.retry_after_s = retry_after_s
 
 
@@ -44,8 +33,13 @@ class Unavailable(PhasewiseError):
 
     def __init__(self, reason: str, *, retry_after_s: float = 1.0) -> None:
         super().__init__(f"{reason}; retry after {retry_after_s:.1f} s")
+        self.reason = reason
         self.retry_after_s = retry_after_s
 
 
 class DeadlineExceeded(PhasewiseError):
     """The request's own deadline passed first (gRPC DEADLINE_EXCEEDED, HTTP 504)."""
+
+
+class Cancelled(PhasewiseError):
+    """The client, or an abort from another call, ended the request (gRPC CANCELLED)."""

@@ -92,7 +92,11 @@ class Request:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TokenLogprobs:
-    """Log-probabilities of one position, after penalties and temperature 1 (as OpenAI's)."""
+    """Natural log-probabilities of one position, as the model itself gave them.
+
+    That is before logit_bias, penalties, temperature and filters, which is what OpenAI's API and
+    vLLM (`raw_logprobs`) answer with. `top_ids` are the most likely tokens in falling order.
+    """
 
     sampled: float
     top_ids: tuple[int, ...] = ()

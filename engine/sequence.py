@@ -14,6 +14,7 @@ class Sequence:
     """
 
     __slots__ = (
+        "__weakref__",  # the sampler remembers token counts for as long as a sequence lives
         "blocks",
         "first_scheduled_s",
         "id",

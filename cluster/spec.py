@@ -1,0 +1,32 @@
+"""What one worker process needs to know. Picklable: it travels from the launcher to an actor."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..configs.schema import DecodeConfig, KVConfig, ModelConfig, PrefillConfig, SloConfig
+from ..configs.schema import TransferConfig as TransferSection
+from ..engine.request import WorkerId
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WorkerSpec:
+    """One worker: who it is and its slices of the cluster file.
+
+    A prefill worker has `prefill`, a decode worker `decode`; that is its role.
+    """
+
+    worker: WorkerId
+    model: ModelConfig
+    kv: KVConfig
+    transfer: TransferSection
+    slo: SloConfig
+    prefill: PrefillConfig | None = None
+    decode: DecodeConfig | None = None
+    host: str = "127.0.0.1"  # where its servers listen, as gateway and peers reach it
+    heartbeat_s: float = 0.25
+    heartbeat_timeout_s: float = 1.0  # a peer silent for this long is lost
+
+    @property
+    def role(self) -> str:
+        return "prefill" if self.prefill is not None else "decode"

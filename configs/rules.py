@@ -1,0 +1,69 @@
+"""What keys of a cluster file ask of each other."""
+
+from __future__ import annotations
+
+from .errors import InvalidConfig
+from .schema import ClusterConfig, DecodeConfig, PrefillConfig
+from .values import parse_host_port
+
+
+def check_rules(config: ClusterConfig) -> None:
+    """Raises InvalidConfig for the first contradiction."""
+    _check_phases(config)
+    for name, pool in (("prefill", config.prefill), ("decode", config.decode)):
+        _check_shards(name, pool)
+    _check_devices(config)
+    _check_addresses(config)
+
+
+def _check_phases(config: ClusterConfig) -> None:
+    """Somebody must compute prompts, and a pool that nobody asks must not be paid for."""
+    if config.prefill.replicas == 0 and config.decode.local_prefill == "never":
+        raise InvalidConfig(
+            "decode.local_prefill",
+            "never, while prefill.replicas is 0: nobody would compute prompts",
+            "set prefill.replicas to 1 or more, or decode.local_prefill to always",
+        )
+    if config.prefill.replicas > 0 and config.decode.local_prefill == "always":
+        raise InvalidConfig(
+            "prefill.replicas",
+            f"{config.prefill.replicas}, while decode.local_prefill is always: the pool would idle",
+            "set prefill.replicas to 0, or decode.local_prefill to auto or never",
+        )
+    if config.decode.max_batch_tokens < config.decode.max_batch_size:
+        raise InvalidConfig(
+            "decode.max_batch_tokens",
+            f"{config.decode.max_batch_tokens} is less than "
+            f"decode.max_batch_size {config.decode.max_batch_size}: each row is a token a step",
+            "raise decode.max_batch_tokens or lower decode.max_batch_size",
+        )
+
+
+def _check_shards(name: str, pool: PrefillConfig | DecodeConfig) -> None:
+    """The one place that refuses workers of several devices; the engine computes on one."""
+    for key in ("tensor_parallel", "pipeline_parallel"):
+        if getattr(pool, key) > 1:
+            raise InvalidConfig(
+                f"{name}.{key}",
+                f"{getattr(pool, key)}: a worker computes on one device in this version",
+                f"set it to 1 and raise {name}.replicas instead",
+            )
+
+
+def _check_devices(config: ClusterConfig) -> None:
+    pools = (("prefill", config.prefill), ("decode", config.decode))
+    for name, pool in pools:
+        if pool.device == "cuda" and pool.threads:
+            raise InvalidConfig(
+                f"{name}.threads",
+                f"{pool.threads}, while {name}.device is cuda: the model is not computed on the CPU",
+                f"leave {name}.threads out",
+            )
+
+
+def _check_addresses(config: ClusterConfig) -> None:
+    grpc, http = config.gateway.grpc, config.gateway.http
+    if http is not None and grpc == http and parse_host_port(grpc)[1]:
+        raise InvalidConfig(
+            "gateway.http", f"{http} is gateway.grpc's address too", "choose another port"
+        )

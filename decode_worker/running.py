@@ -1,0 +1,136 @@
+"""The sequences that hold blocks on a decode worker: who has a row, who grows, who must go."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from ..engine.batch import Batch
+from ..engine.blocks import BlockAllocator
+from ..engine.order import Line, Waiter
+from ..engine.sequence import Sequence
+
+Ending = tuple[Sequence, int]  # a sequence and the token that may end it
+
+
+class Running:
+    """Rows of the next step, and the sequences that wait for a row with their KV here."""
+
+    def __init__(self, allocator: BlockAllocator, waiters: Mapping[str, Waiter]) -> None:
+        self.allocator = allocator
+        self.waiters = waiters  # the scheduler's, read only
+        self.decoding: list[Sequence] = []  # all tokens but the last computed
+        self.prefilling: list[Sequence] = []  # chunk by chunk, in order of admission
+        self.ready = Line()  # as decoding, but without a place in the batch
+        self.context_tokens = 0  # computed tokens of decoding and prefilling
+        self.preemptions = 0
+
+    @property
+    def num_rows(self) -> int:
+        """Places taken in the batch."""
+        return len(self.decoding) + len(self.prefilling)
+
+    @property
+    def num_here(self) -> int:
+        """Sequences that hold blocks."""
+        return self.num_rows + len(self.ready)
+
+    def place_ready(self, max_batch_size: int) -> None:
+        """Give free places to those whose KV is here."""
+        while self.ready and self.num_rows < max_batch_size:
+            waiter = next(iter(self.ready))
+            self.ready.remove(waiter)
+            self.decoding.append(waiter.sequence)
+            self.context_tokens += waiter.sequence.num_computed
+
+    def grow(self) -> tuple[list[Sequence], list[Waiter]]:
+        """Give each decoding row the block it needs; returns the rows, and who was preempted.
+
+        A row is left out of this step if it needs a block while nobody is left to preempt:
+        then remote writers hold the rest, and their leases end.
+        """
+        block_size, allocator = self.allocator.block_size, self.allocator
+        preempted: list[Waiter] = []
+        stalled: list[Sequence] = []
+        for sequence in [row for row in self.decoding if not row.num_computed % block_size]:
+            # Without blocks it was preempted for another row a moment ago.
+            if not sequence.blocks or sequence.num_computed < len(sequence.blocks) * block_size:
+                continue
+            while not allocator.extend(sequence.blocks):
+                victim = self._victim()
+                if victim is None:
+                    assert allocator.counts().leased, "the pool holds no single such sequence"
+                    stalled.append(sequence)
+                    break
+                self._preempt(victim)
+                preempted.append(victim)
+                if victim.sequence is sequence:
+                    break
+        if stalled:
+            return [row for row in self.decoding if row not in stalled], preempted
+        return self.decoding.copy(), preempted
+
+    def advance_rows(
+        self, rows: list[Sequence], token_ids: list[int], stop_token_ids: set[int]
+    ) -> list[Ending]:
+        """Each decoding row takes its token (chunks' tokens come after); returns possible ends."""
+        endings = []
+        for sequence, token_id in zip(rows, token_ids, strict=False):
+            sequence.num_computed += 1
+            sequence.num_tokens = num_tokens = sequence.num_tokens + 1
+            if sequence.tokens is not None:
+                sequence.tokens.append(token_id)
+            if num_tokens >= sequence.max_total_tokens or token_id in stop_token_ids:
+                endings.append((sequence, token_id))
+        self.context_tokens += len(rows)
+        return endings
+
+    def advance_chunks(self, batch: Batch, first_row: int) -> list[int]:
+        """Chunks from `first_row` on are computed; returns the rows whose sequence is decoding now.
+
+        These are due a token, which the caller appends.
+        """
+        rows = []
+        for row in range(first_row, batch.num_rows):
+            sequence = batch.sequences[row]
+            sequence.num_computed += batch.counts[row]
+            self.context_tokens += batch.counts[row]
+            if sequence.num_computed == sequence.num_tokens:
+                self.prefilling.remove(sequence)
+                self.decoding.append(sequence)
+                rows.append(row)
+        return rows
+
+    def leave(self, sequence: Sequence) -> None:
+        """Take a sequence's place and blocks."""
+        (self.decoding if sequence in self.decoding else self.prefilling).remove(sequence)
+        self.context_tokens -= sequence.num_computed
+        self._drop(sequence)
+
+    def leave_ready(self, waiter: Waiter) -> None:
+        self.ready.remove(waiter)
+        self._drop(waiter.sequence)
+
+    def _victim(self) -> Waiter | None:
+        """Lowest priority class, then latest arrival; never the oldest of all."""
+        running = [self.waiters[row.id] for row in (*self.decoding, *self.prefilling)]
+        here = [*running, *self.ready]
+        oldest = min(waiter.serial for waiter in here)
+        return max(
+            (waiter for waiter in here if waiter.serial != oldest),
+            key=lambda waiter: waiter.rank,
+            default=None,
+        )
+
+    def _preempt(self, waiter: Waiter) -> None:
+        sequence = waiter.sequence
+        if waiter.line is self.ready:
+            self.leave_ready(waiter)
+        else:
+            self.leave(sequence)
+        sequence.num_computed = 0
+        sequence.num_preemptions += 1
+        self.preemptions += 1
+
+    def _drop(self, sequence: Sequence) -> None:
+        self.allocator.release(sequence.blocks)
+        sequence.blocks = []

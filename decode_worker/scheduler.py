@@ -1,0 +1,378 @@
+"""Which rows a decode worker computes next. Decides only: no clock, tensor, socket or log.
+
+Policy, per step:
+
+1. Every running decode has a row, up to `max_batch_size` sequences in all. Those whose KV is
+   here and that wait for a place come first by priority class, then arrival.
+2. A row that needs a block and finds none preempts: the lowest priority class first, then
+   whoever arrived last, which has least to compute again and stands in nobody's way. The
+   oldest sequence here is never preempted, so it always makes progress, and so does each in
+   its turn. It is computed again here from all its known tokens.
+3. Then chunks, stall-free (Sarathi-Serve, OSDI '24): prompts in progress, preempted sequences,
+   new prompts by earliest first-token deadline, late ones last. How much: `chunking`.
+   Who may come in: `admission`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from ..engine.batch import Batch, Progress, StepOutput
+from ..engine.blocks import BlockAllocator
+from ..engine.load import SchedulerLoad
+from ..engine.order import Waiter
+from ..engine.sequence import Sequence
+from ..engine.step_time import StepFeatures, StepTime, features_of, prefill_s
+from ..engine.step_time_online import OnlineStepTime
+from .admission import Admission
+from .chunking import ChunkBudget
+from .running import Ending, Running
+from .steady import advance_steadily, num_steady_steps
+
+_INFINITE = float("inf")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DecodeLimits:
+    """What bounds a step, and what a request gets that names no target of its own."""
+
+    max_batch_size: int  # sequences with a row
+    max_batch_tokens: int  # of a step, rows and chunks; more than max_batch_size
+    max_model_len: int
+    eos_token_ids: frozenset[int] = frozenset()
+    ttft_ms: float = 0.0  # the cluster's own targets; 0: none
+    tpot_ms: float = 0.0
+    max_wait_s: float = 10.0  # the age bound of admission
+
+
+class DecodeScheduler:
+    """Sequences come in by `add`, `resume` or `wait_for_room`, and run until they end.
+
+    One step is in flight at most, from `next_batch` to `advance`; every other call may come in
+    between. Times are seconds on the caller's clock, the one of `Request.arrival_s`.
+    """
+
+    def __init__(
+        self,
+        allocator: BlockAllocator,
+        limits: DecodeLimits,
+        step_time: StepTime | None = None,
+    ) -> None:
+        """Without `step_time` chunks fill the step and nothing is predicted to be late."""
+        assert 0 < limits.max_batch_size < limits.max_batch_tokens, limits
+        self._allocator = allocator
+        self._limits = limits
+        self._step_time = step_time
+        self._waiters: dict[str, Waiter] = {}  # every sequence here, whatever its state
+        self._admission = Admission(allocator, limits.max_wait_s)
+        self._fetching: set[str] = set()  # room was found, KV is on its way
+        self._running = Running(allocator, self._waiters)
+        self._in_flight: Batch | None = None
+        self._num_decode_rows = 0  # of the step in flight
+        self._doomed: set[str] = set()  # aborted while in flight
+        # Tokens that may end some sequence here; only these are worth the exact question.
+        self._stop_token_ids = set(limits.eos_token_ids)
+        self._serial = 0
+        self._now_s = 0.0  # of the last call that told
+
+    # What comes in, and goes before its time.
+
+    def fits(self, max_total_tokens: int) -> bool:
+        """Whether a sequence can be held here up to this length. Ask before it comes in.
+
+        The length is that of prompt and answer (`Request.max_total_tokens`); longer than
+        `max_model_len` it never gets.
+        """
+        held = min(max_total_tokens, self._limits.max_model_len)
+        return 0 < self._allocator.blocks_for(held) <= self._allocator.num_blocks
+
+    def add(self, sequence: Sequence, now_s: float) -> None:
+        """Queue a sequence that is computed here from its first token on."""
+        assert sequence.num_computed == 0 and not sequence.blocks
+        waiter = self._enter(sequence, now_s)
+        request, limits = sequence.request, self._limits
+        ttft_s = (request.ttft_ms or limits.ttft_ms) / 1e3 or _INFINITE
+        predicted_s = 0.0
+        if self._step_time is not None:
+            tokens = limits.max_batch_tokens
+            predicted_s = prefill_s(self._step_time, sequence.num_tokens, 0, tokens)
+        deadline_s = request.arrival_s + ttft_s
+        self._admission.add_prompt(
+            waiter, deadline_s=deadline_s, predicted_s=predicted_s, now_s=now_s
+        )
+
+    def lease(self, num_tokens: int) -> list[int] | None:
+        """Blocks for a writer that sends `num_tokens` positions; None: no room, or not its turn.
+
+        Belongs to no sequence here: `resume` or `unlease` ends it.
+        """
+        count = self._allocator.blocks_for(num_tokens)
+        if not self._admission.may_lease(count, self._running.num_here, self._now_s):
+            return None
+        return self._allocator.lease(count)
+
+    def unlease(self, blocks: list[int]) -> None:
+        """Free leased blocks: their writer acknowledged the end, or is known dead."""
+        self._allocator.unlease(blocks)
+
+    def resume(self, sequence: Sequence, blocks: list[int], now_s: float) -> None:
+        """Go on with a sequence whose KV stands in `blocks`, leased until now.
+
+        The KV is that of all known tokens but the last. The sequence is new here or was given
+        out by `next_fetches`.
+        """
+        if sequence.id in self._fetching:
+            self._fetching.remove(sequence.id)
+            waiter = self._waiters[sequence.id]
+            assert waiter.sequence is sequence
+        else:
+            waiter = self._enter(sequence, now_s)
+        assert len(blocks) >= self._allocator.blocks_for(sequence.num_tokens - 1)
+        self._allocator.activate(blocks)
+        sequence.blocks = list(blocks)
+        sequence.num_computed = sequence.num_tokens - 1
+        self._running.ready.push(waiter, waiter.rank)
+
+    def wait_for_room(self, sequence: Sequence, now_s: float) -> None:
+        """Hold a sequence whose KV waits elsewhere until `next_fetches` gives it out."""
+        assert not sequence.blocks
+        self._admission.add_room(self._enter(sequence, now_s), now_s)
+
+    def next_fetches(self, now_s: float) -> list[tuple[Sequence, list[int]]]:
+        """Sequences there is room for now, each with the blocks leased for its KV.
+
+        Each is then resumed with these blocks; or, when the fetch fails, aborted, and the
+        blocks unleased once nobody can write to them.
+        """
+        self._now_s = now_s
+        fetches = []
+        num_here = self._running.num_here
+        while (found := self._admission.next_fetch(num_here, now_s)) is not None:
+            waiter, blocks = found
+            self._fetching.add(waiter.sequence.id)
+            fetches.append((waiter.sequence, blocks))
+            num_here += 1
+        return fetches
+
+    def abort(self, sequence_id: str) -> bool:
+        """Forget a sequence; False if it is not here (any more).
+
+        Its blocks are free on return, or in `advance` if a step computes it. Blocks that
+        `next_fetches` leased for it stay leased until the caller's `unlease`.
+        """
+        waiter = self._waiters.get(sequence_id)
+        if waiter is None or waiter.doomed:
+            return False
+        sequence = waiter.sequence
+        if sequence_id in self._fetching:
+            self._fetching.remove(sequence_id)
+        elif waiter.line is self._running.ready:
+            self._running.leave_ready(waiter)
+        elif waiter.line is not None:
+            self._admission.remove(waiter)
+        elif self._in_flight is not None and sequence in self._in_flight.sequences:
+            waiter.doomed = True
+            self._doomed.add(sequence_id)
+            return True
+        else:
+            self._running.leave(sequence)
+        del self._waiters[sequence_id]
+        return True
+
+    # The step.
+
+    def next_batch(self, now_s: float) -> Batch | None:
+        """The next step's rows; None when nothing can run before another call brings work."""
+        assert self._in_flight is None, "advance() the step in flight first"
+        self._now_s = now_s
+        self._running.place_ready(self._limits.max_batch_size)
+        sequences, preempted = self._running.grow()
+        for waiter in preempted:
+            self._admission.add_preempted(waiter, now_s)
+        starts = [sequence.num_computed for sequence in sequences]
+        self._num_decode_rows = num_rows = len(sequences)
+        counts = [1] * num_rows
+        if self._running.prefilling or self._admission.prompts or self._admission.preempted:
+            self._add_chunks(sequences, starts, counts, now_s)
+        if not sequences:
+            return None
+        self._in_flight = Batch(sequences=sequences, starts=starts, counts=counts)
+        return self._in_flight
+
+    def observe(self, batch: Batch, measured_s: float) -> None:
+        """What the step in flight took; a model of step times that learns is taught."""
+        if isinstance(self._step_time, OnlineStepTime):
+            self._step_time.observe(features_of(batch), measured_s)
+
+    def advance(self, batch: Batch, output: StepOutput, now_s: float) -> Progress:
+        """Take a step's result: each row that reached its last known token got one more.
+
+        A finished sequence's blocks are free already. Aborted ones stand nowhere in Progress.
+        """
+        assert batch is self._in_flight, "not the step in flight"
+        self._in_flight = None
+        self._now_s = now_s
+        num_rows, token_ids = self._num_decode_rows, output.token_ids
+        rows = batch.sequences[:num_rows]
+        progress = Progress(
+            sequences=rows, token_ids=token_ids[:num_rows], rows=list(range(num_rows))
+        )
+        endings = self._running.advance_rows(rows, token_ids, self._stop_token_ids)
+        if num_rows < batch.num_rows:
+            endings += self._advance_chunks(batch, token_ids, progress)
+        if self._doomed:
+            self._end_doomed(progress)
+        for sequence, token_id in endings:
+            if sequence.id in self._waiters:
+                self._end_if_due(sequence, token_id, progress)
+        return progress
+
+    # Many steps at once, for a simulator.
+
+    def steady_steps(self) -> int:
+        """How many steps from now on have exactly the rows of the one before and end nothing.
+
+        Asked between steps. In them every running sequence gets a token, and no sequence can
+        finish by length, come in, be preempted, or be computed in chunks. 0 where that is not
+        certain. Holds for sequences without tokens, which only their length can end.
+        """
+        running = self._running
+        if self._in_flight is not None or running.prefilling or not running.decoding:
+            return 0
+        if running.num_rows < self._limits.max_batch_size and running.ready:
+            return 0
+        if len(self._admission):
+            free_place = running.num_rows < self._limits.max_batch_size
+            least = self._admission.least_room(most=64, free_place=free_place)
+            if self._admission.has_room(least, running.num_here):
+                return 0
+        return num_steady_steps(running.decoding, self._allocator)
+
+    def advance_steady(self, num_steps: int, now_s: float) -> None:
+        """Apply that many of the `steady_steps` in one go; `now_s` is the last one's end.
+
+        The effect is that of as many `next_batch` and `advance`, but for which block ids grow
+        where. Only for sequences without tokens.
+        """
+        self._now_s = now_s
+        advance_steadily(self._running.decoding, num_steps, self._allocator)
+        self._running.context_tokens += num_steps * len(self._running.decoding)
+
+    def load(self) -> SchedulerLoad:
+        running = self._running
+        return SchedulerLoad(
+            running=running.num_rows,
+            waiting=len(self._waiters) - running.num_rows,
+            queued_tokens=self._admission.queued_tokens
+            + sum([sequence.num_uncomputed for sequence in running.prefilling]),
+            context_tokens=running.context_tokens,
+            preemptions=running.preemptions,
+            blocks=self._allocator.counts(),
+        )
+
+    def check(self) -> None:
+        """Assert every law of this scheduler and its allocator. Costs O(blocks + sequences)."""
+        self._allocator.check()
+        self._admission.check()
+        ready = [waiter.sequence for waiter in self._running.ready]
+        running = [*self._running.decoding, *self._running.prefilling]
+        assert len(running) <= self._limits.max_batch_size
+        held = [block for sequence in [*running, *ready] for block in sequence.blocks]
+        assert len(held) == len(set(held)) == self._allocator.counts().active
+        for sequence in [*self._running.decoding, *ready]:
+            assert sequence.num_uncomputed == 1, sequence.id
+        for sequence in [*running, *ready]:
+            capacity = len(sequence.blocks) * self._allocator.block_size
+            assert 0 <= sequence.num_computed <= capacity
+        assert sum(s.num_computed for s in running) == self._running.context_tokens
+        num_known = len(running) + len(ready) + len(self._admission) + len(self._fetching)
+        assert num_known == len(self._waiters)
+
+    def _enter(self, sequence: Sequence, now_s: float) -> Waiter:
+        assert sequence.id not in self._waiters, f"{sequence.id} is here already"
+        assert self.fits(sequence.max_total_tokens), f"{sequence.id} can never fit; ask fits()"
+        self._now_s = now_s
+        # The scheduler owns the sequence now; one bound instead of two to look at each token.
+        sequence.max_total_tokens = min(sequence.max_total_tokens, self._limits.max_model_len)
+        self._stop_token_ids.update(sequence.request.sampling.stop_token_ids)
+        self._serial += 1
+        waiter = self._waiters[sequence.id] = Waiter(sequence, self._serial, now_s)
+        return waiter
+
+    def _add_chunks(
+        self, sequences: list[Sequence], starts: list[int], counts: list[int], now_s: float
+    ) -> None:
+        """Append chunks to the rows: prompts in progress first, then whoever may come in."""
+        budget = self._chunk_budget(sequences, starts)
+        for sequence in self._prompts(now_s):
+            wanted = sequence.num_uncomputed
+            count = budget.cut(wanted, sequence.num_computed)
+            if count:
+                if sequence.first_scheduled_s is None:
+                    sequence.first_scheduled_s = now_s
+                sequences.append(sequence)
+                starts.append(sequence.num_computed)
+                counts.append(count)
+            if count < wanted or budget.used_up:
+                break
+
+    def _chunk_budget(self, rows: list[Sequence], starts: list[int]) -> ChunkBudget:
+        """Each row got a token in the last step, so its slack is its whole time per token."""
+        slack_s = _INFINITE
+        if self._step_time is not None and rows:
+            default_ms = self._limits.tpot_ms
+            targets_ms = [row.request.tpot_ms or default_ms for row in rows]
+            slack_s = min((ms for ms in targets_ms if ms), default=_INFINITE) / 1e3
+        return ChunkBudget(
+            self._limits.max_batch_tokens - len(rows),
+            StepFeatures(decode_rows=len(rows), decode_context=sum(starts)),
+            slack_s=slack_s,
+            step_time=self._step_time,
+        )
+
+    def _prompts(self, now_s: float) -> Iterator[Sequence]:
+        """Sequences to compute, in order. One that comes in does so when it is asked for."""
+        running = self._running
+        yield from running.prefilling.copy()
+        while running.num_rows < self._limits.max_batch_size:
+            waiter = self._admission.next_prefill(running.num_here, now_s)
+            if waiter is None:
+                return
+            running.prefilling.append(waiter.sequence)
+            yield waiter.sequence
+
+    def _advance_chunks(
+        self, batch: Batch, token_ids: list[int], progress: Progress
+    ) -> list[Ending]:
+        endings = []
+        for row in self._running.advance_chunks(batch, self._num_decode_rows):
+            sequence, token_id = batch.sequences[row], token_ids[row]
+            sequence.append(token_id)
+            progress.sequences.append(sequence)
+            progress.token_ids.append(token_id)
+            progress.rows.append(row)
+            endings.append((sequence, token_id))
+        return endings
+
+    def _end_if_due(self, sequence: Sequence, token_id: int, progress: Progress) -> None:
+        limits = self._limits
+        reason = sequence.finish_reason(
+            token_id, eos_token_ids=limits.eos_token_ids, max_model_len=limits.max_model_len
+        )
+        if reason is not None:
+            self._running.leave(sequence)
+            del self._waiters[sequence.id]
+            progress.finished.append((sequence, reason))
+
+    def _end_doomed(self, progress: Progress) -> None:
+        """What was aborted during the step leaves now, and its token is nobody's."""
+        for sequence_id in self._doomed:
+            self._running.leave(self._waiters.pop(sequence_id).sequence)
+        kept = [
+            i for i, sequence in enumerate(progress.sequences) if sequence.id not in self._doomed
+        ]
+        progress.sequences = [progress.sequences[i] for i in kept]
+        progress.token_ids = [progress.token_ids[i] for i in kept]
+        progress.rows = [progress.rows[i] for i in kept]
+        self._doomed.clear()

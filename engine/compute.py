@@ -1,0 +1,53 @@
+"""The compute thread: runs a worker's model steps, one at a time, beside its event loop."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+from .batch import Batch, StepOutput
+from .runner import Runner
+
+log = logging.getLogger(__name__)
+
+
+class StepFailed(Exception):
+    """The model step raised: a bug or a broken device, never a client's fault."""
+
+
+class ComputeThread:
+    """Owns the thread. Only the loop calls it; only the thread touches the runner."""
+
+    def __init__(self, runner: Runner) -> None:
+        self.runner = runner
+        self.steps = 0
+        self.step_started_s: float | None = None  # a gauge for hung steps
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="compute")
+
+    async def run(
+        self, batch: Batch, layer_done: Callable[[int], None] | None = None
+    ) -> tuple[StepOutput, float]:
+        """The step's output and how long it took in seconds. Raises StepFailed."""
+        loop = asyncio.get_running_loop()
+        started_s = self.step_started_s = time.perf_counter()
+        try:
+            output = await loop.run_in_executor(self._thread, self.runner.run, batch, layer_done)
+        except Exception as error:  # whatever the model raised ends these rows, not the worker
+            log.exception("a step of %d rows failed", batch.num_rows)
+            raise StepFailed(f"{type(error).__name__}: {error}") from error
+        finally:
+            self.step_started_s = None
+        self.steps += 1
+        return output, time.perf_counter() - started_s
+
+    def step_age_s(self) -> float:
+        """How long the step in progress has run; 0 when idle."""
+        started_s = self.step_started_s
+        return 0.0 if started_s is None else time.perf_counter() - started_s
+
+    def close(self) -> None:
+        """Wait for the step in progress and end the thread."""
+        self._thread.shutdown(wait=True, cancel_futures=True)

@@ -1,0 +1,67 @@
+"""Readable torch versions of every kernel; what runs on CUDA and in float16, and the tests' truth.
+
+Shapes: a layer of the pool is `kv: [blocks, 2, kv_heads, block_size, head_dim]`.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """RMSNorm over the last dimension, in float32, rounded before the weight is applied."""
+    wide = x.float()
+    normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+    return weight * normed.to(x.dtype)
+
+
+def silu_mul(gate_up: Tensor) -> Tensor:
+    """silu(gate) * up for rows of [gate, up]."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.silu(gate) * up
+
+
+def rotate(x: Tensor, cos_sin: Tensor) -> Tensor:
+    """Rotary positions. x: [tokens, heads, dim], cos_sin: [tokens, dim] float32 (cos, then sin)."""
+    cos, sin = cos_sin.unsqueeze(1).chunk(2, dim=-1)
+    first, second = x.float().chunk(2, dim=-1)
+    rotated = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+    return rotated.to(x.dtype)
+
+
+def append(kv: Tensor, k: Tensor, v: Tensor, slots: Tensor) -> None:
+    """Write k, v [tokens, kv_heads, dim] at slots [tokens] (block * block_size + offset)."""
+    block, offset = slots // kv.shape[3], slots % kv.shape[3]
+    kv[block, 0, :, offset] = k
+    kv[block, 1, :, offset] = v
+
+
+def attend(
+    q: Tensor,  # [count, heads, dim]: positions [start, start + count) of one sequence
+    kv: Tensor,
+    blocks: Tensor,  # int64: the sequence's block table
+    start: int,
+    *,
+    window: int,
+    scale: float,
+) -> Tensor:  # [count, heads, dim]
+    """Causal attention of one row over its blocks, gathered. `window` 0: the whole context."""
+    count, heads, dim = q.shape
+    block_size = kv.shape[3]
+    context = start + count
+    first = max(0, start + 1 - window) // block_size if window else 0
+    gathered = kv[blocks[first : -(-context // block_size)]]
+    begin = first * block_size
+    k, v = gathered.permute(1, 2, 0, 3, 4).flatten(2, 3)[:, :, : context - begin]
+    group = heads // k.shape[0]
+    grouped = q.view(count, k.shape[0], group, dim).permute(1, 2, 0, 3)
+    out = F.scaled_dot_product_attention(
+        grouped,
+        k.unsqueeze(1).expand(-1, group, -1, -1),
+        v.unsqueeze(1).expand(-1, group, -1, -1),
+        attn_mask=causal_mask(start, count, begin, window, q.device) if count > 1 else None,
+        scale=scale,
+    ) if not (window and count == 1) else None
+    return out.permute(2, 0, 1, 3).reshape(count, heads, dim)

@@ -1,0 +1,302 @@
+"""Making connections: calls peers, answers calls, and checks whom it talks to.
+
+What comes out is a `Contact`: sockets and a hello that fits. It knows nothing of leases.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import secrets
+import socket
+from collections import deque
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..engine.layout import KVLayout
+from ..engine.request import TransferAddress, WorkerId
+from . import handshake
+from .events import PeerRefused, TransferConfig
+from .handshake import CONTROL, DATA, TOKEN_BYTES, Hello, Received
+from .memory import PoolMemory
+from .messages import MalformedFrame
+from .shm import peer_pidfd, peer_uid
+from .tcp import SOCKET_BUFFER, prepare
+
+_MAX_PENDING = 64  # calls being answered at once; more are hung up on
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Contact:
+    """An open connection to a peer that fits. `number` is this side's name for it."""
+
+    number: int
+    hello: Hello
+    sock: socket.socket
+    rest: bytes  # control bytes that came right behind the hello
+    data: socket.socket | None = None  # over TCP
+    memory: PoolMemory | None = None  # the peer's pool, over shared memory
+    pidfd: int = -1  # over shared memory
+
+
+class Caller:
+    """Listens and dials for one worker."""
+
+    def __init__(
+        self, worker: WorkerId, layout: KVLayout, memory: PoolMemory, config: TransferConfig
+    ) -> None:
+        self._worker, self._layout, self._memory, self._config = worker, layout, memory, config
+        self._numbers = 0
+        self._latest: dict[str, int] = {}  # newest incarnation met, by name
+        self._tokens: dict[bytes, asyncio.Future[socket.socket]] = {}
+        self._listening: list[socket.socket] = []
+        self._answering: set[asyncio.Task[None]] = set()
+        self.contacts: deque[Contact] = deque()  # from answered calls
+        self.answered = asyncio.Event()  # a contact was added
+        self.hung_up = 0  # calls that were no peer's
+
+    def listen(self) -> TransferAddress:
+        """Open the ports that the configuration allows."""
+        loop = asyncio.get_running_loop()
+        shm = tcp = ""
+        if self._config.transport in ("auto", "shm"):
+            shm = f"phasewise-{self._worker.name}-{os.getpid()}-{secrets.token_hex(6)}"
+            sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+            self._listening.append(sock)
+            sock.bind("\0" + shm)
+        if self._config.transport in ("auto", "tcp"):
+            sock = socket.socket(socket.AF_INET, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+            self._listening.append(sock)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, SOCKET_BUFFER)
+            sock.bind((self._config.host, 0))
+            tcp = f"{self._config.host}:{sock.getsockname()[1]}"
+        for sock in self._listening:
+            sock.listen(64)
+            loop.add_reader(sock, self._pick_up, sock)
+        return TransferAddress(worker=self._worker, host_id=host_id(), shm=shm, tcp=tcp)
+
+    async def dial(self, peer: TransferAddress, transport: str) -> Contact:
+        """Raises PeerRefused where it can never work, OSError or TimeoutError otherwise."""
+        self.check_incarnation(peer.worker)
+        if transport == "shm":
+            sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+            where: str | tuple[str, int] = "\0" + peer.shm
+        else:
+            sock = _tcp_socket()
+            where = _host_port(peer.tcp)
+        try:
+            async with asyncio.timeout(self._config.answer_s):
+                await asyncio.get_running_loop().sock_connect(sock, where)
+                number = self._number()
+                fd = self._memory.fd if transport == "shm" else None
+                await handshake.say(sock, self._hello(number, wants=peer.worker), fd, CONTROL)
+                received = await handshake.hear(sock)
+                return await self._met(number, sock, received, peer)
+        except BaseException:
+            sock.close()
+            raise
+
+    async def close(self) -> None:
+        """Listen no longer; calls that are being answered are dropped."""
+        loop = asyncio.get_running_loop()
+        for sock in self._listening:
+            loop.remove_reader(sock)
+            sock.close()
+        self._listening.clear()
+        for task in list(self._answering):
+            task.cancel()
+        await asyncio.gather(*self._answering, return_exceptions=True)
+
+    def check_incarnation(self, worker: WorkerId) -> None:
+        """Raises PeerRefused if a newer incarnation of the worker is known."""
+        latest = self._latest.get(worker.name, worker.incarnation)
+        if worker.incarnation < latest:
+            raise PeerRefused(f"{worker} was replaced by {worker.name}#{latest}; ask for that one")
+
+    def _number(self) -> int:
+        self._numbers += 1
+        return self._numbers
+
+    def _hello(self, number: int, wants: WorkerId | None = None, token: bytes = b"") -> Hello:
+        return Hello(
+            worker=self._worker,
+            wants=wants,
+            layout=self._layout,
+            pool_bytes=self._memory.num_bytes,
+            canary_slot=number,
+            checksum=self._config.checksum,
+            token=token,
+        )
+
+    async def _met(
+        self, number: int, sock: socket.socket, received: Received, peer: TransferAddress
+    ) -> Contact:
+        """The called one answered: is it the one, and does it fit?"""
+        try:
+            hello = received.hello
+            if hello.worker != peer.worker:
+                raise PeerRefused(f"{hello.worker} answered where {peer.worker} was expected")
+            self._check_fit(hello)
+            if sock.family == socket.AF_UNIX:
+                return self._neighbour(number, sock, received)
+            data = await self._dial_data(peer, hello.token)
+            self._latest[hello.worker.name] = hello.worker.incarnation
+            return Contact(number=number, hello=hello, sock=sock, rest=received.rest, data=data)
+        finally:
+            _drop(received)
+
+    async def _dial_data(self, peer: TransferAddress, token: bytes) -> socket.socket:
+        loop = asyncio.get_running_loop()
+        data = _tcp_socket()
+        try:
+            await loop.sock_connect(data, _host_port(peer.tcp))
+            await loop.sock_sendall(data, DATA + token)
+        except BaseException:
+            data.close()
+            raise
+        data.setblocking(True)  # the copier waits in it; the loop never does
+        return data
+
+    def _neighbour(self, number: int, sock: socket.socket, received: Received) -> Contact:
+        hello = received.hello
+        memory = handshake.attach(received)
+        pidfd = peer_pidfd(sock)
+        self._latest[hello.worker.name] = hello.worker.incarnation
+        return Contact(
+            number=number, hello=hello, sock=sock, rest=received.rest, memory=memory, pidfd=pidfd
+        )
+
+    def _check_fit(self, hello: Hello) -> None:
+        self.check_incarnation(hello.worker)
+        if differs := handshake.disagreement(self._layout, hello):
+            raise PeerRefused(
+                f"KV of {hello.worker} does not fit {self._worker}: {differs}; "
+                "serve the same checkpoint with the same kv settings on both"
+            )
+
+    def _pick_up(self, listening: socket.socket) -> None:
+        try:
+            sock, _ = listening.accept()
+        except (BlockingIOError, ConnectionAbortedError):
+            return
+        if len(self._answering) >= _MAX_PENDING:
+            self.hung_up += 1
+            sock.close()
+            return
+        sock.setblocking(False)
+        task = asyncio.get_running_loop().create_task(self._answer(sock))
+        self._answering.add(task)
+        task.add_done_callback(self._answering.discard)
+
+    async def _answer(self, sock: socket.socket) -> None:
+        """One call, until it is a contact, a data connection or hung up on."""
+        kept = False
+        try:
+            async with asyncio.timeout(self._config.answer_s):
+                preface = await handshake.read_exactly(sock, len(CONTROL))
+                if preface == DATA and sock.family == socket.AF_INET:
+                    kept = await self._answer_data(sock)
+                elif preface == CONTROL:
+                    await self._answer_control(sock)
+                    kept = True
+        except (MalformedFrame, PeerRefused, OSError, ValueError, TimeoutError):
+            self.hung_up += 1
+        finally:
+            if not kept:
+                sock.close()
+
+    async def _answer_data(self, sock: socket.socket) -> bool:
+        token = await handshake.read_exactly(sock, TOKEN_BYTES)
+        waiting = self._tokens.pop(token, None)
+        if waiting is None or waiting.done():
+            return False
+        prepare(sock)
+        sock.setblocking(True)
+        waiting.set_result(sock)
+        return True
+
+    async def _answer_control(self, sock: socket.socket) -> None:
+        received = await handshake.hear(sock)
+        try:
+            try:
+                self._check_caller(sock, received.hello)
+            except PeerRefused as error:
+                await handshake.refuse(sock, str(error))
+                raise
+            number = self._number()
+            if sock.family == socket.AF_UNIX:
+                contact = self._neighbour(number, sock, received)
+                try:
+                    await handshake.say(sock, self._hello(number), self._memory.fd)
+                except OSError:
+                    drop_contact(contact)
+                    raise
+            else:
+                contact = await self._answer_tcp(number, sock, received)
+            self.contacts.append(contact)
+            self.answered.set()
+        finally:
+            _drop(received)
+
+    async def _answer_tcp(self, number: int, sock: socket.socket, received: Received) -> Contact:
+        prepare(sock)
+        token = secrets.token_bytes(TOKEN_BYTES)
+        waiting: asyncio.Future[socket.socket] = asyncio.get_running_loop().create_future()
+        self._tokens[token] = waiting
+        try:
+            await handshake.say(sock, self._hello(number, token=token), None)
+            data = await waiting
+        finally:
+            self._tokens.pop(token, None)
+        hello = received.hello
+        self._latest[hello.worker.name] = hello.worker.incarnation
+        return Contact(number=number, hello=hello, sock=sock, rest=received.rest, data=data)
+
+    def _check_caller(self, sock: socket.socket, hello: Hello) -> None:
+        if sock.family == socket.AF_UNIX and peer_uid(sock) != os.getuid():
+            raise PeerRefused("another user's process; run both workers as one user")
+        if hello.wants != self._worker:
+            raise PeerRefused(
+                f"this is {self._worker}, not {hello.wants}; look the address up anew"
+            )
+        self._check_fit(hello)
+
+
+def host_id() -> str:
+    """Equal for processes that run under one kernel."""
+    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+
+
+def _tcp_socket() -> socket.socket:
+    sock = socket.socket(socket.AF_INET, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SOCKET_BUFFER)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, SOCKET_BUFFER)
+    prepare(sock)
+    return sock
+
+
+def _host_port(address: str) -> tuple[str, int]:
+    host, _, port = address.rpartition(":")
+    if not port.isdigit():
+        raise PeerRefused(f"{address!r} is no host:port")
+    return host, int(port)
+
+
+def drop_contact(contact: Contact) -> None:
+    """Hang up on a contact that nobody will use."""
+    contact.sock.close()
+    if contact.data is not None:
+        contact.data.close()
+    if contact.memory is not None:
+        contact.memory.close()
+    if contact.pidfd >= 0:
+        os.close(contact.pidfd)
+
+
+def _drop(received: Received) -> None:
+    """Close a descriptor that came along and was not taken."""
+    if received.fd is not None:
+        with contextlib.suppress(OSError):
+            os.close(received.fd)
+        received.fd = None

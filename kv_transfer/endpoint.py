@@ -1,0 +1,420 @@
+"""A worker's end of every KV transfer.
+
+Joins the pure lease tables to connections and copiers. It promises what `lease` and `events`
+say and knows nothing of requests, schedulers or models: ids, blocks and digests go in and out.
+All methods run on the worker's loop and none blocks it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import zlib
+from collections import Counter
+from collections.abc import AsyncIterator, Sequence
+from functools import partial
+
+from ..engine.layout import KVLayout
+from ..engine.request import TransferAddress, WorkerId
+from .copier import Cancel, Finish, Push
+from .digest import block_checksum
+from .events import Asked, Ended, Outcome, PairStatus, PeerUnavailable, Released, Side
+from .events import TransferConfig as TransferConfig
+from .layer_clock import LayerClock, finished_clock
+from .lease import Action, Answered, Send, Start, Stop, Verify
+from .lease_receiver import ReceiverTable
+from .lease_sender import SenderTable, Sending
+from .memory import PoolMemory
+from .messages import Abort, Ask, Beat, Committed, Grant, Message, Refuse, Sent
+from .pair import Life, Pair
+from .switchboard import Copied, Gone, Heard, Notice, Switchboard, Took
+
+_CLOSE_S = 1.0  # longest wait for peers when closing
+
+
+class KVEndpoint:
+    """One a worker: sends KV out of its pool and receives KV into it."""
+
+    def __init__(
+        self, worker: WorkerId, layout: KVLayout, memory: PoolMemory, config: TransferConfig
+    ) -> None:
+        assert memory.num_bytes == layout.num_bytes, "the pool is what the layout says"
+        self.worker, self._layout, self._memory, self._config = worker, layout, memory, config
+        self._senders = SenderTable(
+            num_layers=layout.num_layers, lease_s=config.lease_s, park_s=config.park_s
+        )
+        self._receivers = ReceiverTable(
+            num_layers=layout.num_layers, block_bytes=layout.block_bytes, lease_s=config.lease_s
+        )
+        self._board = Switchboard(worker, layout, memory, config, self._receivers, self._on_notice)
+        self._numbers = itertools.count(1)
+        self._asks: dict[int, asyncio.Future[bool]] = {}
+        self._clocks: dict[int, list[LayerClock]] = {}  # of leases being pushed
+        self._events: asyncio.Queue[Asked | Ended | Released | None] = asyncio.Queue()
+        self._checks: set[asyncio.Task[None]] = set()
+        self._ticker: asyncio.Task[None] | None = None
+        self._closed = False
+
+    async def start(self) -> TransferAddress:
+        """Listen; the address is for peers."""
+        self._loop = asyncio.get_running_loop()
+        address = self._board.listen()
+        self._ticker = self._loop.create_task(self._tick())
+        return address
+
+    async def connect(self, peer: TransferAddress) -> str:
+        """Meet a peer before the first request; the transport chosen.
+
+        Raises PeerRefused where it can never work (another layout, model or incarnation),
+        PeerUnavailable where a later try may.
+        """
+        return (await self._board.reach(peer)).transport
+
+    def new_lease(self) -> int:
+        """An id (uint64) of this incarnation's own, for `ask` and `park`."""
+        return zlib.crc32(str(self.worker).encode()) << 32 | next(self._numbers)
+
+    # Prefill
+
+    async def ask(self, peer: TransferAddress, lease: int, num_blocks: int) -> bool:
+        """Ask a decode worker for blocks to write.
+
+        True: granted, and exactly one Ended follows. False: no room, or no answer within
+        `answer_s`; the lease has not begun, and may be parked. Raises as `connect`.
+        """
+        pair = await self._board.reach(peer)
+        answer: asyncio.Future[bool] = self._loop.create_future()
+        self._asks[lease] = answer
+        try:
+            now_s = self._loop.time()
+            self._perform(self._senders.ask(pair.number, pair.peer, lease, num_blocks, now_s))
+            async with asyncio.timeout(self._config.answer_s):
+                return await answer
+        except TimeoutError:
+            self._board.counters["ask not answered"] += 1
+            return False
+        finally:
+            self._asks.pop(lease, None)
+            self._perform(self._senders.withdraw(lease))  # of no effect once answered
+
+    def push(self, lease: int, blocks: Sequence[int], first: int, ready: LayerClock) -> None:
+        """Send `blocks` of this pool as the lease's blocks `[first, first + len(blocks))`.
+
+        Call it when the step that computes them starts; each layer goes as `ready` tells.
+        Chunks come in order; a boundary block may be pushed again, by the chunk that fills it.
+        After the lease ended nothing happens: its Ended is on the way.
+        """
+        entry = self._senders.push(lease, list(blocks), first, self._loop.time())
+        if entry is None:
+            return
+        self._clocks.setdefault(lease, []).append(ready)
+        if not self._is_small(entry):
+            self._submit(entry, first, len(blocks), ready)
+
+    def commit(self, lease: int, num_tokens: int, digest: int) -> None:
+        """All is pushed: after the last `push`, best when its step is over.
+
+        `digest` is `token_digest` of the tokens whose KV this is.
+        """
+        entry = self._senders.push(lease, [], 0, self._loop.time())
+        if entry is None:
+            return
+        entry.num_tokens, entry.digest = num_tokens, digest
+        clocks = self._clocks.get(lease, [])
+        if any(clock.failed for clock in clocks):
+            self._perform(self._senders.abort(lease, Outcome.ABORTED, "a step failed"))
+            return
+        if self._is_small(entry):
+            last = clocks[-1] if clocks else finished_clock(self._layout.num_layers)
+            self._submit(entry, 0, len(entry.source), last)
+        self._finish(entry)
+
+    def park(self, lease: int, blocks: Sequence[int], num_tokens: int, digest: int) -> None:
+        """KV that stands complete in this pool waits for a grant; exactly one Ended follows."""
+        self._senders.park(lease, list(blocks), num_tokens, digest, self._loop.time())
+
+    # Decode
+
+    async def grant(
+        self, peer: TransferAddress, lease: int, blocks: Sequence[int], digest: int
+    ) -> None:
+        """Fetch parked KV into `blocks`. `digest`: `token_digest` of the tokens expected.
+
+        Exactly one Ended follows; aborted if the peer does not hold the lease. Raises as
+        `connect`, and then the blocks are still the caller's.
+        """
+        pair = await self._board.reach(peer)
+        if self._receivers.get(lease) is not None:
+            raise PeerUnavailable(f"lease {lease} is still being revoked here")
+        self._perform(
+            self._receivers.fetch(
+                pair.number,
+                pair.peer,
+                lease,
+                tuple(blocks),
+                digest,
+                pair.reader is not None,
+                self._loop.time(),
+            )
+        )
+
+    def answer(self, asked: Asked, blocks: Sequence[int] | None) -> bool:
+        """Grant `asked.num_blocks` blocks, or None for no room.
+
+        True with blocks: they are leased and exactly one Ended follows. False: the asker is
+        gone and the blocks are still the caller's.
+        """
+        pair = self._board.pairs.get(asked.pair)
+        if pair is None or pair.life is not Life.OPEN:
+            return False
+        target = None if blocks is None else tuple(blocks)
+        writes_here = pair.reader is not None
+        actions = self._receivers.answer(asked, target, writes_here, self._loop.time())
+        self._perform(actions or [])
+        return actions is not None
+
+    # Both
+
+    def abort(self, lease: int) -> None:
+        """Give a lease up, on whichever side this is; unknown or ended ones are ignored."""
+        reason = f"aborted by {self.worker}"
+        self._perform(self._senders.abort(lease, Outcome.ABORTED, reason))
+        self._perform(self._receivers.abort(lease, Outcome.ABORTED, reason))
+
+    async def events(self) -> AsyncIterator[Asked | Ended | Released]:
+        """What happens, in order; ends when the endpoint is closed. For one reader."""
+        while (event := await self._events.get()) is not None:
+            yield event
+
+    def pairs(self) -> tuple[PairStatus, ...]:
+        """The peers as they stand."""
+        return tuple(self._status(pair) for pair in self._board.pairs.values())
+
+    def counters(self) -> dict[str, int]:
+        """How often messages were refused and connections failed, by name, since the start."""
+        refused = self._senders.refused + self._receivers.refused + self._board.counters
+        return dict(refused + Counter({"call refused": self._board.hung_up}))
+
+    async def close(self) -> None:
+        """End live leases as aborted and let go of every thread, socket and mapping."""
+        if self._closed:
+            return
+        self._closed = True
+        for lease in {*self._senders.leases(), *self._receivers.leases()}:
+            self.abort(lease)
+        await self._board.close(_CLOSE_S)
+        for task in filter(None, (self._ticker, *self._checks)):
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+        self._events.put_nowait(None)
+
+    # Sending
+
+    def _is_small(self, entry: Sending) -> bool:
+        size = entry.num_blocks * self._layout.num_layers * self._layout.block_bytes
+        return size <= self._config.small_bytes
+
+    def _submit(self, entry: Sending, first: int, count: int, clock: LayerClock) -> None:
+        """Have blocks written: at once if they are few and computed, else by the copier."""
+        pair = self._pair_of(entry)
+        if pair is None:
+            return
+        last = first + count
+        push = Push(
+            lease=entry.lease,
+            generation=entry.generation,
+            first=first,
+            source=tuple(entry.source[first:last]),
+            target=entry.target[first:last],
+            clock=clock,
+        )
+        num_layers = self._layout.num_layers
+        entry.num_bytes += count * num_layers * self._layout.block_bytes
+        computed = clock.done >= num_layers
+        if not (self._is_small(entry) and computed and pair.copier.idle):
+            pair.copier.submit(push)
+            return
+        try:
+            pair.writer.write_now(push, range(num_layers))
+        except OSError as error:
+            self._board.fault(pair, f"cannot write: {error}")
+
+    def _finish(self, entry: Sending) -> None:
+        """Have the receiver told, once everything is written."""
+        pair = self._pair_of(entry)
+        if pair is None:
+            return
+        wanted = self._config.checksum or pair.hello.checksum
+        if pair.copier.idle and not pair.writer.pending and not wanted:
+            self._finished(pair, entry.lease, None)
+            return
+        checksum = partial(block_checksum, self._memory, self._layout) if wanted else None
+        pair.copier.submit(Finish(entry.lease, tuple(entry.source), checksum))
+
+    def _finished(self, pair: Pair, lease: int, checksum: int | None) -> None:
+        entry = self._senders.get(lease)
+        if entry is None:
+            return
+        clocks = self._clocks.get(lease)
+        entry.computed_s = clocks[-1].finished_s if clocks else entry.begun_s
+        message = self._senders.sent(lease, checksum, self._loop.time())
+        if message is not None:
+            self._board.send(pair, message)
+
+    def _send_parked(self, lease: int) -> None:
+        entry = self._senders.get(lease)
+        assert entry is not None, "a lease starts when it is granted"
+        self._submit(entry, 0, entry.num_blocks, finished_clock(self._layout.num_layers))
+        self._finish(entry)
+
+    def _pair_of(self, entry: Sending) -> Pair | None:
+        """The open pair of a lease; a dying one ends its leases by itself."""
+        pair = self._board.pairs.get(entry.pair) if entry.pair is not None else None
+        return pair if pair is not None and pair.life is Life.OPEN else None
+
+    # What happens
+
+    def _on_notice(self, notice: Notice) -> None:
+        match notice:
+            case Heard(pair, message):
+                self._on_message(pair, message)
+            case Took(actions):
+                self._perform(actions)
+            case Gone(pair, reason):
+                drained = pair.peer_is_out
+                self._perform(self._receivers.lost(pair.number, reason, drained=drained))
+                self._perform(self._senders.lost(pair.number, reason))
+            case Copied(pair, what, lease, checksum):
+                self._on_copied(pair, what, lease, checksum)
+
+    def _on_message(self, pair: Pair, message: Message) -> None:
+        now_s, number = self._loop.time(), pair.number
+        match message:
+            case Ask():
+                event = self._receivers.on_ask(number, pair.peer, message)
+                if event is not None:
+                    self._perform([event])
+            case Refuse():
+                self._perform(self._senders.on_refuse(number, message))
+            case Grant():
+                self._perform(self._senders.on_grant(number, pair.peer, message, now_s))
+            case Sent():
+                self._perform(self._receivers.on_sent(number, message, now_s))
+            case Committed():
+                self._perform(self._senders.on_committed(number, message, now_s))
+            case Abort():
+                self._on_abort(pair, message)
+            case Beat():
+                self._perform(self._receivers.on_beat(number, message, now_s))
+                self._perform(self._senders.on_beat(number, message))
+            case _:
+                raise AssertionError(f"{message} is the switchboard's")
+
+    def _on_abort(self, pair: Pair, message: Abort) -> None:
+        """From a sender if `drained` or known here as received; else from a receiver."""
+        entry = self._receivers.get(message.lease)
+        if message.drained or (entry is not None and entry.pair == pair.number):
+            self._perform(self._receivers.on_abort(pair.number, message))
+        else:
+            self._perform(self._senders.on_abort(pair.number, message))
+
+    def _on_copied(self, pair: Pair, what: str, lease: int, checksum: int | None) -> None:
+        if what == "finished":
+            self._finished(pair, lease, checksum)
+        elif what == "failed":
+            self._perform(self._senders.abort(lease, Outcome.ABORTED, "the step failed"))
+        elif what == "drained":
+            self._perform(self._senders.drained(lease))
+        else:  # the thread is over: it is out of everything
+            for entry in self._senders.on_pair(pair.number):
+                self._perform(self._senders.drained(entry.lease))
+
+    def _perform(self, actions: Sequence[Action | Asked]) -> None:
+        for action in actions:
+            match action:
+                case Send(number, message):
+                    if (pair := self._board.pairs.get(number)) is not None:
+                        self._board.send(pair, message)
+                case Answered(lease, granted):
+                    if (future := self._asks.get(lease)) is not None and not future.done():
+                        future.set_result(granted)
+                case Start(lease):
+                    self._send_parked(lease)
+                case Stop(number, lease):
+                    self._stop(number, lease)
+                case Verify():
+                    self._verify(action)
+                case Ended():
+                    self._note(action)
+                    self._events.put_nowait(action)
+                case Asked() | Released():
+                    self._events.put_nowait(action)
+
+    def _stop(self, number: int, lease: int) -> None:
+        """Get the copier out of a lease; on a dying pair its thread's end says so for all."""
+        pair = self._board.pairs.get(number)
+        if pair is None or pair.copier_is_out:
+            self._perform(self._senders.drained(lease))
+        elif pair.life is Life.OPEN:
+            pair.copier.submit(Cancel(lease))
+
+    def _verify(self, action: Verify) -> None:
+        task = self._loop.create_task(self._compare(action))
+        self._checks.add(task)
+        task.add_done_callback(self._checks.discard)
+
+    async def _compare(self, action: Verify) -> None:
+        """Off the loop: it reads every byte."""
+        arguments = (self._memory, self._layout, action.blocks)
+        total = await asyncio.to_thread(block_checksum, *arguments)
+        equal = total == action.checksum
+        now_s = self._loop.time()
+        self._perform(self._receivers.verified(action.lease, action.generation, equal, now_s))
+
+    def _note(self, ended: Ended) -> None:
+        if ended.side is Side.SENDER:
+            self._clocks.pop(ended.lease, None)
+        for pair in self._board.pairs.values():
+            if pair.peer == ended.peer and pair.life is not Life.CLOSED:
+                committed = ended.outcome is Outcome.COMMITTED
+                pair.transfers += committed
+                pair.failures += not committed
+                pair.num_bytes += ended.num_bytes if committed else 0
+                return
+
+    def _status(self, pair: Pair) -> PairStatus:
+        number = pair.number
+        return PairStatus(
+            peer=pair.peer,
+            transport=pair.transport,
+            ready=pair.is_ready,
+            num_bytes=pair.num_bytes,
+            transfers=pair.transfers,
+            failures=pair.failures,
+            live_leases=len(self._senders.on_pair(number)) + len(self._receivers.on_pair(number)),
+            quarantined_blocks=self._receivers.quarantined(number),
+        )
+
+    async def _tick(self) -> None:
+        """Heartbeats, silence, and deadlines."""
+        while True:
+            await asyncio.sleep(self._config.silence_s / 4)
+            now_s = self._loop.time()
+            for pair in list(self._board.pairs.values()):
+                if pair.life is Life.OPEN:
+                    self._beat(pair, now_s)
+            self._perform(self._senders.expire(now_s))
+            self._perform(self._receivers.expire(now_s))
+
+    def _beat(self, pair: Pair, now_s: float) -> None:
+        moved, pair.copier.moved = pair.copier.moved, set()
+        for lease in moved:
+            self._senders.touch(lease, now_s)
+        if now_s - pair.heard_s > self._config.silence_s:
+            self._board.fault(pair, f"silent for {now_s - pair.heard_s:.1f} s")
+            return
+        number = pair.number
+        beat = Beat(
+            self._senders.live(number), self._receivers.live(number), self._senders.seen(number)
+        )
+        self._board.send(pair, beat)

@@ -1,0 +1,191 @@
+"""How two endpoints meet: who they are, whether their pools fit, and by which transport.
+
+Every connection begins with four bytes. On a control connection the caller's hello follows and
+the called one's, or a refusal with its reason; over a unix socket each passes its pool's
+descriptor. On a data connection the token follows that the called one gave.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import socket
+import struct
+from dataclasses import dataclass
+from typing import Any
+
+import msgpack
+
+from ..engine.layout import KVLayout
+from ..engine.request import WorkerId
+from .events import PeerRefused
+from .memory import PoolMemory
+from .messages import MalformedFrame
+
+PROTOCOL = 1
+CONTROL, DATA = b"PWKC", b"PWKD"
+TOKEN_BYTES = 16
+_MAX_HELLO = 1 << 14
+_LENGTH = struct.Struct("<I")
+_SHAPE = ("num_layers", "num_kv_heads", "block_size", "head_dim", "dtype", "fingerprint")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Hello:
+    """What each side tells the other of itself."""
+
+    worker: WorkerId
+    wants: WorkerId | None  # whom the caller means to reach; None from the called one
+    layout: KVLayout
+    pool_bytes: int
+    canary_slot: int  # where the peer shall write its canary
+    checksum: bool
+    token: bytes = b""
+
+
+@dataclass(kw_only=True, slots=True)
+class Received:
+    """A hello, the pool descriptor that came with it, and bytes that followed it."""
+
+    hello: Hello
+    fd: int | None
+    rest: bytes
+
+
+async def say(sock: socket.socket, hello: Hello, fd: int | None, preface: bytes = b"") -> None:
+    layout = {name: getattr(hello.layout, name) for name in (*_SHAPE, "num_blocks")}
+    fields = {
+        "protocol": PROTOCOL,
+        "worker": (hello.worker.name, hello.worker.incarnation),
+        "wants": (hello.wants.name, hello.wants.incarnation) if hello.wants else None,
+        "layout": layout,
+        "pool_bytes": hello.pool_bytes,
+        "canary_slot": hello.canary_slot,
+        "checksum": hello.checksum,
+        "token": hello.token,
+    }
+    frame = preface + _framed(fields)
+    if fd is None:
+        await asyncio.get_running_loop().sock_sendall(sock, frame)
+    else:  # a fresh socket takes a hello whole
+        socket.send_fds(sock, [frame], [fd])
+
+
+async def refuse(sock: socket.socket, reason: str) -> None:
+    frame = _framed({"refused": reason})
+    await asyncio.get_running_loop().sock_sendall(sock, frame)
+
+
+async def hear(sock: socket.socket) -> Received:
+    """The peer's hello. Raises PeerRefused, MalformedFrame or OSError; bound it in time."""
+    data, fds = bytearray(), list[int]()
+    try:
+        while len(data) < _LENGTH.size or len(data) < _LENGTH.size + _length(data):
+            await _readable(sock)
+            more, passed, _, _ = socket.recv_fds(sock, _MAX_HELLO, 4)
+            fds += passed
+            if not more:
+                raise ConnectionResetError("closed in the handshake")
+            data += more
+        end = _LENGTH.size + _length(data)
+        hello = _parse(bytes(data[_LENGTH.size : end]))
+        fd = fds.pop(0) if fds else None
+        return Received(hello=hello, fd=fd, rest=bytes(data[end:]))
+    finally:
+        for fd in fds:
+            os.close(fd)
+
+
+def disagreement(mine: KVLayout, hello: Hello) -> str:
+    """What keeps two pools from exchanging blocks, or nothing."""
+    theirs = hello.layout
+    parts = [
+        f"{name} is {getattr(mine, name)!r} here and {getattr(theirs, name)!r} there"
+        for name in _SHAPE
+        if getattr(mine, name) != getattr(theirs, name)
+    ]
+    if not parts and hello.pool_bytes != theirs.num_bytes:
+        parts.append(f"a pool of {hello.pool_bytes} bytes for a layout of {theirs.num_bytes}")
+    return "; ".join(parts)
+
+
+async def read_exactly(sock: socket.socket, size: int) -> bytes:
+    loop = asyncio.get_running_loop()
+    data = b""
+    while len(data) < size:
+        more = await loop.sock_recv(sock, size - len(data))
+        if not more:
+            raise ConnectionResetError("closed in the handshake")
+        data += more
+    return data
+
+
+def attach(received: Received) -> PoolMemory:
+    """Map the pool whose descriptor came with a hello."""
+    if received.fd is None:
+        raise MalformedFrame("a hello over a unix socket without its pool")
+    fd, received.fd = received.fd, None
+    return PoolMemory.attach(fd, received.hello.pool_bytes)
+
+
+def _framed(fields: dict[str, Any]) -> bytes:
+    body: bytes = msgpack.packb(fields)
+    return _LENGTH.pack(len(body)) + body
+
+
+def _length(data: bytearray) -> int:
+    (length,) = _LENGTH.unpack_from(data)
+    if length > _MAX_HELLO:
+        raise MalformedFrame(f"a hello of {length} bytes")
+    return length
+
+
+def _parse(body: bytes) -> Hello:
+    try:
+        fields = msgpack.unpackb(body)
+        if "refused" in fields:
+            raise PeerRefused(str(fields["refused"]))
+        if fields["protocol"] != PROTOCOL:
+            raise PeerRefused(f"protocol {fields['protocol']} there and {PROTOCOL} here; upgrade")
+        return Hello(
+            worker=_worker(fields["worker"]),
+            wants=_worker(fields["wants"]) if fields["wants"] else None,
+            layout=_layout(fields["layout"]),
+            pool_bytes=_positive(fields["pool_bytes"]),
+            canary_slot=int(fields["canary_slot"]),
+            checksum=bool(fields["checksum"]),
+            token=bytes(fields["token"]),
+        )
+    except PeerRefused:
+        raise
+    except Exception as error:  # msgpack and field access raise many kinds for hostile bytes
+        raise MalformedFrame(f"not a hello: {type(error).__name__}") from error
+
+
+def _worker(fields: list[Any]) -> WorkerId:
+    name, incarnation = fields
+    return WorkerId(name=str(name), incarnation=int(incarnation))
+
+
+def _layout(fields: dict[str, Any]) -> KVLayout:
+    numbers = ("num_layers", "num_blocks", "num_kv_heads", "block_size", "head_dim")
+    sizes = {name: _positive(fields[name]) for name in numbers}
+    return KVLayout(**sizes, dtype=str(fields["dtype"]), fingerprint=str(fields["fingerprint"]))
+
+
+def _positive(value: Any) -> int:
+    if type(value) is not int or not 0 < value < 1 << 62:
+        raise ValueError("not a size")
+    return value
+
+
+async def _readable(sock: socket.socket) -> None:
+    loop = asyncio.get_running_loop()
+    ready: asyncio.Future[None] = loop.create_future()
+    loop.add_reader(sock, lambda: ready.done() or ready.set_result(None))
+    try:
+        await ready
+    finally:
+        with contextlib.suppress(ValueError):  # closed meanwhile
+            loop.remove_reader(sock)

@@ -1,0 +1,82 @@
+"""The memory of a KV pool: anonymous, shareable by file descriptor, gone with its processes."""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import mmap
+import os
+
+CANARY_SLOT_BYTES = 64
+CANARY_SLOTS = 64  # behind the pool, where a new peer proves that it reaches this memory
+_TAIL_BYTES = CANARY_SLOT_BYTES * CANARY_SLOTS
+
+
+class PoolMemory:
+    """`num_bytes` of zeroed memory in a memfd, followed by the canary slots.
+
+    A memfd has no name: after `kill -9` nothing is left behind. `buffer` is the pool alone,
+    writable; `address` its first byte. `numpy.frombuffer` and `torch.frombuffer` take `buffer`.
+    The mapping lives as long as something views it.
+    """
+
+    def __init__(self, num_bytes: int, *, prefault: bool = False) -> None:
+        """`prefault` touches every page now, so that the first transfer does not pay for it."""
+        fd = os.memfd_create("phasewise-kv", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        try:
+            os.ftruncate(fd, num_bytes + _TAIL_BYTES)
+            _seal_size(fd)
+        except OSError:
+            os.close(fd)
+            raise
+        self._open(fd, num_bytes, prefault)
+
+    @classmethod
+    def attach(cls, fd: int, num_bytes: int) -> PoolMemory:
+        """Map a peer's pool from a received descriptor, which is this object's from now on.
+
+        Raises ValueError if the descriptor cannot hold `num_bytes` or can be cut shorter by its
+        owner: touching a page past the end would kill this process (SIGBUS).
+        """
+        if os.fstat(fd).st_size != num_bytes + _TAIL_BYTES or not _size_is_sealed(fd):
+            os.close(fd)
+            raise ValueError(f"descriptor is not a sealed pool of {num_bytes} bytes")
+        memory = cls.__new__(cls)
+        memory._open(fd, num_bytes, False)
+        return memory
+
+    def _open(self, fd: int, num_bytes: int, prefault: bool) -> None:
+        self.fd = fd
+        self.num_bytes = num_bytes
+        flags = mmap.MAP_SHARED | (mmap.MAP_POPULATE if prefault else 0)
+        self._map = mmap.mmap(fd, num_bytes + _TAIL_BYTES, flags)
+        self._map.madvise(mmap.MADV_DONTFORK)  # a forked child must not be a writer nobody knows
+        self._whole = memoryview(self._map)
+        self.buffer = self._whole[:num_bytes]
+        self.address = ctypes.addressof(ctypes.c_char.from_buffer(self._map))
+
+    def canary(self, slot: int) -> memoryview:
+        """One canary slot, `CANARY_SLOT_BYTES` long."""
+        start = self.num_bytes + (slot % CANARY_SLOTS) * CANARY_SLOT_BYTES
+        return self._whole[start : start + CANARY_SLOT_BYTES]
+
+    def close(self) -> None:
+        """Give the descriptor back. The mapping goes with the last object that views it."""
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+
+
+_F_ADD_SEALS, _F_GET_SEALS = 1033, 1034
+_F_SEAL_SHRINK, _F_SEAL_GROW = 0x0002, 0x0004
+
+
+def _seal_size(fd: int) -> None:
+    fcntl.fcntl(fd, _F_ADD_SEALS, _F_SEAL_SHRINK | _F_SEAL_GROW)
+
+
+def _size_is_sealed(fd: int) -> bool:
+    try:
+        return bool(fcntl.fcntl(fd, _F_GET_SEALS) & _F_SEAL_SHRINK)
+    except OSError:
+        return False

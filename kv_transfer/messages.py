@@ -1,0 +1,193 @@
+"""What two endpoints say to each other about leases, and its form on the wire (msgpack)."""
+
+from __future__ import annotations
+
+import struct
+from array import array
+from dataclasses import astuple, dataclass, fields
+
+import msgpack
+
+from .events import Outcome
+
+MAX_FRAME = 1 << 20  # bytes of one control frame; a grant of 200,000 blocks still fits
+_LENGTH = struct.Struct("<I")
+_TYPES: dict[str, type] = {"int": int, "bool": bool, "str": str, "float": float, "bytes": bytes}
+
+
+class MalformedFrame(ValueError):
+    """Bytes that are no message of ours: the connection they came by is worth nothing."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """Sender: grant me `num_blocks` blocks. `attempt` tells one ask for a lease from the next."""
+
+    lease: int
+    attempt: int
+    num_blocks: int
+
+
+@dataclass(frozen=True, slots=True)
+class Refuse:
+    """Receiver: no room."""
+
+    lease: int
+    attempt: int
+
+
+@dataclass(frozen=True, slots=True)
+class Grant:
+    """Receiver: write there. `generation` rises with every grant of a receiver; `attempt` is
+    the ask's, or 0 for a fetch of parked KV. `blocks` are packed, see `pack_blocks`."""
+
+    lease: int
+    generation: int
+    attempt: int
+    blocks: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Sent:
+    """Sender: everything is written, and my copier is out of your blocks."""
+
+    lease: int
+    generation: int
+    num_blocks: int
+    num_layers: int
+    num_tokens: int
+    digest: int
+    has_checksum: bool
+    checksum: int
+    exposed_s: float  # since the last layer was computed
+
+
+@dataclass(frozen=True, slots=True)
+class Committed:
+    """Receiver: I have it all. Ends the lease on the sender."""
+
+    lease: int
+    generation: int
+
+
+@dataclass(frozen=True, slots=True)
+class Abort:
+    """Either side: this lease is over. From the sender, `drained` says that nothing of it will
+    be written any more; generation 0 withdraws the ask `attempt`."""
+
+    lease: int
+    generation: int
+    attempt: int
+    outcome: str
+    reason: str
+    drained: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Beat:
+    """Both: I live, and so do these leases. `sending` and `receiving` are packed pairs of
+    (lease, generation); `seen` is the highest generation the peer's grants have reached."""
+
+    sending: bytes
+    receiving: bytes
+    seen: int
+
+
+@dataclass(frozen=True, slots=True)
+class Canary:
+    """I wrote `pattern` into your canary slot. Answered by Ready when it stands there."""
+
+    pattern: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Ready:
+    """Your canary arrived."""
+
+    pattern: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Bye:
+    """I close this connection, and my copier is out of all your blocks."""
+
+    reason: str
+
+
+Message = Ask | Refuse | Grant | Sent | Committed | Abort | Beat | Canary | Ready | Bye
+_KINDS: tuple[type[Message], ...] = (
+    Ask,
+    Refuse,
+    Grant,
+    Sent,
+    Committed,
+    Abort,
+    Beat,
+    Canary,
+    Ready,
+    Bye,
+)
+_NUMBER = {kind: number for number, kind in enumerate(_KINDS)}
+_FIELDS = {kind: tuple(_TYPES[str(f.type)] for f in fields(kind)) for kind in _KINDS}
+
+
+def pack_blocks(blocks: tuple[int, ...]) -> bytes:
+    return array("I", blocks).tobytes()
+
+
+def unpack_blocks(packed: bytes) -> tuple[int, ...]:
+    if len(packed) % 4:
+        raise MalformedFrame("block list is cut")
+    return tuple(array("I", packed))
+
+
+def pack_leases(leases: list[tuple[int, int]]) -> bytes:
+    return array("Q", [number for lease in leases for number in lease]).tobytes()
+
+
+def unpack_leases(packed: bytes) -> set[tuple[int, int]]:
+    if len(packed) % 16:
+        raise MalformedFrame("lease list is cut")
+    numbers = array("Q", packed)
+    return set(zip(numbers[::2], numbers[1::2], strict=True))
+
+
+def encode(message: Message) -> bytes:
+    """A length-prefixed frame."""
+    body: bytes = msgpack.packb((_NUMBER[type(message)], *astuple(message)))
+    if len(body) > MAX_FRAME:
+        raise MalformedFrame(f"frame of {len(body)} bytes; at most {MAX_FRAME} go")
+    return _LENGTH.pack(len(body)) + body
+
+
+def decode(body: bytes | memoryview) -> Message:
+    """A frame's body as a message. Raises MalformedFrame for anything else."""
+    try:
+        number, *values = msgpack.unpackb(body)
+        kind = _KINDS[number]
+    except Exception as error:  # msgpack raises many kinds for hostile bytes
+        raise MalformedFrame(f"not a message: {type(error).__name__}") from error
+    if [type(value) for value in values] != list(_FIELDS[kind]):
+        raise MalformedFrame(f"{kind.__name__} with the wrong fields")
+    if any(type(value) is int and not 0 <= value < 1 << 64 for value in values):
+        raise MalformedFrame(f"{kind.__name__} with a number out of range")
+    if kind is Abort and values[3] not in set(Outcome):
+        raise MalformedFrame(f"unknown outcome {values[3]!r}")
+    return kind(*values)
+
+
+def split(buffer: bytearray) -> list[Message]:
+    """Take the complete frames off the front of `buffer`."""
+    messages: list[Message] = []
+    start = 0
+    while len(buffer) - start >= _LENGTH.size:
+        (length,) = _LENGTH.unpack_from(buffer, start)
+        if length > MAX_FRAME:
+            raise MalformedFrame(f"frame of {length} bytes; at most {MAX_FRAME} are taken")
+        end = start + _LENGTH.size + length
+        if len(buffer) < end:
+            break
+        messages.append(decode(bytes(buffer[start + _LENGTH.size : end])))
+        start = end
+    del buffer[:start]
+    return messages

@@ -1,0 +1,119 @@
+"""One connection to a peer: its sockets, its copier and what is known of the other end."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import enum
+import os
+import select
+import socket
+from dataclasses import dataclass, field
+
+from ..engine.request import WorkerId
+from .copier import Copier, Writer
+from .handshake import Hello
+from .messages import Message, encode, split
+from .tcp import TcpReader
+
+_READ_BYTES = 1 << 16
+_MAX_OUTBOX = 4 << 20  # a peer that reads nothing while this much gathers is given up
+
+
+class Life(enum.Enum):
+    OPEN = enum.auto()
+    DYING = enum.auto()  # nothing new; kept until nobody can write any more
+    CLOSED = enum.auto()
+
+
+@dataclass(kw_only=True)
+class Pair:
+    """A connected peer. Mutable; owned by the switchboard, on the loop."""
+
+    number: int
+    hello: Hello
+    sock: socket.socket  # control
+    data: socket.socket | None  # TCP payload
+    pidfd: int  # -1 over TCP
+    writer: Writer
+    copier: Copier
+    reader: TcpReader | None
+    pattern: bytes  # of our canary
+    heard_s: float
+    ready: asyncio.Future[None]
+    life: Life = Life.OPEN
+    inbox: bytearray = field(default_factory=bytearray)
+    outbox: bytearray = field(default_factory=bytearray)
+    reached: bool = False  # the peer saw our canary
+    expected: bytes | None = None  # the peer's canary, until it is seen
+    answered: bool = False  # we saw the peer's
+    peer_is_out: bool = False  # its copier left our blocks for good, or it is dead
+    copier_is_out: bool = False  # ours left its blocks
+    num_bytes: int = 0
+    transfers: int = 0
+    failures: int = 0
+
+    @property
+    def peer(self) -> WorkerId:
+        return self.hello.worker
+
+    @property
+    def transport(self) -> str:
+        return self.writer.name
+
+    @property
+    def is_ready(self) -> bool:
+        return self.life is Life.OPEN and self.reached and self.answered
+
+    def read(self) -> list[Message]:
+        """What has arrived. Raises MalformedFrame, OSError at the end of the connection."""
+        try:
+            data = self.sock.recv(_READ_BYTES)
+        except BlockingIOError:
+            return []
+        if not data:
+            raise ConnectionResetError("connection closed")
+        self.inbox += data
+        return split(self.inbox)
+
+    def write(self, message: Message) -> bool:
+        """Send, or keep what does not go at once; True: something waits for `flush`.
+
+        Raises OSError when the connection is gone or its reader has stopped reading.
+        """
+        frame = encode(message)
+        if self.outbox:
+            self.outbox += frame
+            if len(self.outbox) > _MAX_OUTBOX:
+                raise ConnectionResetError("the peer does not read")
+            return True
+        try:
+            done = self.sock.send(frame)
+        except BlockingIOError:
+            done = 0
+        self.outbox += frame[done:]
+        return bool(self.outbox)
+
+    def flush(self) -> bool:
+        """Send what waits; True: some still does."""
+        with contextlib.suppress(BlockingIOError):
+            del self.outbox[: self.sock.send(self.outbox)]
+        return bool(self.outbox)
+
+    def process_is_dead(self) -> bool:
+        """Known for a peer on this host only."""
+        if self.pidfd < 0:
+            return False
+        poll = select.poll()
+        poll.register(self.pidfd, select.POLLIN)
+        return bool(poll.poll(0))
+
+    def release(self) -> None:
+        """Give back sockets and descriptors. The copier's thread has ended."""
+        self.copier.join()
+        self.sock.close()
+        if self.data is not None:
+            self.data.close()
+        if self.pidfd >= 0:
+            os.close(self.pidfd)
+            self.pidfd = -1
