@@ -28,6 +28,7 @@ class Attachment:
         self.ids: dict[int, str] = {}  # open slots -> sequence ids
         self._unsent = pb.FromWorker()
         self._wake = asyncio.Event()
+        self._closed = False
 
     def token(self, slot: int, token_id: int, logprobs: TokenLogprobs | None) -> None:
         self._unsent.slots.append(slot)
@@ -77,10 +78,17 @@ class Attachment:
         self._unsent.load.CopyFrom(load)
         self._wake.set()
 
+    def close(self) -> None:
+        """The gateway will send nothing more."""
+        self._closed = True
+        self._wake.set()
+
     async def messages(self) -> AsyncIterator[pb.FromWorker]:
-        """What to send, for ever."""
+        """What to send, until the gateway has closed its side."""
         while True:
             await self._wake.wait()
+            if self._closed:
+                return
             self._wake.clear()
             message, self._unsent = self._unsent, pb.FromWorker()
             yield message

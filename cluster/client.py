@@ -27,6 +27,7 @@ OPTIONS = (
     ("grpc.max_receive_message_length", -1),
     ("grpc.max_send_message_length", -1),
 )
+CALL_MARGIN_S = 2.0
 FIELDS = frozenset(field.name for field in pb.GenerateRequest.DESCRIPTOR.fields)
 
 
@@ -71,7 +72,7 @@ class Client:
     ) -> Iterator[Output]:
         """Stream one request. `sampling` takes the fields of `GenerateRequest` by name."""
         request = build_request(prompt, token_ids, sampling)
-        call = self._generation.Generate(request, timeout=sampling.get("timeout_s"))
+        call = self._generation.Generate(request, timeout=_call_timeout_s(request))
         return _outputs(call)
 
     def abort(self, request_id: str) -> bool:
@@ -118,7 +119,7 @@ class AsyncClient:
     ) -> AsyncIterator[Output]:
         """Stream one request. `sampling` takes the fields of `GenerateRequest` by name."""
         request = build_request(prompt, token_ids, sampling)
-        call = self._generation.Generate(request, timeout=sampling.get("timeout_s"))
+        call = self._generation.Generate(request, timeout=_call_timeout_s(request))
         try:
             async for message in call:
                 yield output_from_pb(message)
@@ -164,6 +165,12 @@ def build_request(
                 field, f"not understood ({error})", "see GenerateRequest in phasewise.proto"
             ) from error
     return request
+
+
+def _call_timeout_s(request: pb.GenerateRequest) -> float | None:
+    """Later than the request's own deadline, so that the server's answer comes first and this
+    one ends the call only when no server answers."""
+    return request.timeout_s + CALL_MARGIN_S if request.timeout_s > 0 else None
 
 
 def output_from_pb(message: pb.GenerateResponse) -> Output:

@@ -52,7 +52,7 @@ class WorkerService(pb_grpc.WorkerServicer):
     ) -> AsyncIterator[pb.FromWorker]:
         attachment = Attachment()
         self._attachments.add(attachment)
-        reader = asyncio.create_task(self._read(request_iterator, attachment, context))
+        reader = asyncio.create_task(self._read(request_iterator, attachment))
         try:
             attachment.flush(self.load())
             async for message in attachment.messages():
@@ -102,12 +102,7 @@ class WorkerService(pb_grpc.WorkerServicer):
         for attachment in self._attachments:
             attachment.flush(load)
 
-    async def _read(
-        self,
-        messages: AsyncIterator[pb.ToWorker],
-        attachment: Attachment,
-        context: grpc.aio.ServicerContext,
-    ) -> None:
+    async def _read(self, messages: AsyncIterator[pb.ToWorker], attachment: Attachment) -> None:
         async for message in messages:
             self.draining |= message.drain
             for submit in message.submit:
@@ -116,7 +111,7 @@ class WorkerService(pb_grpc.WorkerServicer):
                 self._resume(attachment, resume)
             for slot in message.abort:
                 self._abort(attachment, slot)
-        context.cancel()  # the gateway closed its side
+        attachment.close()
 
     def _submit(self, attachment: Attachment, submit: pb.Submit) -> None:
         sequence_id = self._open(attachment, submit.slot, submit.request)

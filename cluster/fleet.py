@@ -115,8 +115,7 @@ class Fleet:
         if worker is None or worker.keeper is None:
             return
         worker.keeper.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await worker.keeper
+        await asyncio.wait([worker.keeper])
         if worker.link is not None:
             await worker.link.close("the worker was removed")
         self.changed.set()

@@ -85,7 +85,7 @@ class Gateway:
         )
         self.grpc_address = ""  # bound, once started
         self.http_address: str | None = None
-        self._health = health.aio.HealthServicer()
+        self._health = health.aio.HealthServicer()  # pyright: ignore[reportAttributeAccessIssue]
         self._server: grpc.aio.Server | None = None
         self._http: HttpServer | None = None
         self._watch: asyncio.Task[None] | None = None
@@ -117,10 +117,14 @@ class Gateway:
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         names = (GENERATION, ADMIN, health.SERVICE_NAME, reflection.SERVICE_NAME)
         reflection.enable_server_reflection(names, server)
-        self.grpc_address = _bind(server, self.settings.grpc_address)
-        if self.settings.http_address is not None:
-            self._http = HttpServer(self, self.settings.http_address)
-            self.http_address = self._http.address
+        try:
+            self.grpc_address = _bind(server, self.settings.grpc_address)
+            if self.settings.http_address is not None:
+                self._http = HttpServer(self, self.settings.http_address)
+                self.http_address = self._http.address
+        except InvalidConfig:
+            await server.stop(None)
+            raise
         for service, status in (("", _NOT_SERVING), (GENERATION, _NOT_SERVING), (ADMIN, _SERVING)):
             await self._health.set(service, status)
         await server.start()
@@ -155,12 +159,12 @@ class Gateway:
         await self.router.drain(drain_s)
         if self._watch is not None:
             self._watch.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._watch
+            await asyncio.wait([self._watch])
         if self._http is not None:
             await self._http.stop()
-        if self._server is not None:
-            await self._server.stop(grace=1.0)
+        server, self._server = self._server, None
+        if server is not None:  # grpc.aio does not survive a second stop
+            await server.stop(grace=1.0)
         await self.fleet.close()
 
     async def _follow_health(self) -> None:
@@ -178,7 +182,8 @@ class Gateway:
                 for service in ("", GENERATION):
                     await self._health.set(service, now)
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self.fleet.changed.wait(), HEALTH_S)
+                async with asyncio.timeout(HEALTH_S):  # wait_for can swallow a cancellation
+                    await self.fleet.changed.wait()
             self.fleet.changed.clear()
 
 

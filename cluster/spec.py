@@ -30,3 +30,10 @@ class WorkerSpec:
     @property
     def role(self) -> str:
         return "prefill" if self.prefill is not None else "decode"
+
+    @property
+    def pool(self) -> PrefillConfig | DecodeConfig:
+        """The role's slice."""
+        pool = self.prefill or self.decode
+        assert pool is not None, "a worker has a role"
+        return pool

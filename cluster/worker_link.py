@@ -9,7 +9,6 @@ tick of the loop travels as one message.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from collections import defaultdict, deque
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -110,7 +109,7 @@ class WorkerLink:
         """Attach and learn who is there. Raises Unavailable, and leaves nothing open then."""
         try:
             async with asyncio.timeout(self._times.connect_s):
-                await self._channel.channel_ready()
+                # Fails at once where nobody listens: gRPC's own waiting backs off for seconds.
                 await self.describe(self._times.connect_s)
         except TimeoutError as error:
             await self.close(f"no answer within {self._times.connect_s} s")
@@ -169,9 +168,7 @@ class WorkerLink:
         self._lose(reason)
         for task in self._tasks:
             task.cancel()
-        for task in self._tasks:
-            with contextlib.suppress(asyncio.CancelledError):
-                await task
+        await asyncio.gather(*self._tasks, return_exceptions=True)
         await self._channel.close()
 
     def _open(self, stream: TokenStream) -> Slot:

@@ -88,14 +88,14 @@ def _parse(text: str, name: str) -> Section:
 
 def _tree(node: Node, key: str, name: str) -> Leaf | Section:
     """A node with its lines; repeated keys are refused, which YAML's own loader lets pass."""
-    at = name if name.startswith("--set") else f"{name} line {node.start_mark.line + 1}"
+    at = _place(name, node)
     if key.count(".") > MAX_DEPTH:
         raise InvalidConfig(key[:60], "is nested too deeply", "remove it", at=at)
     if not isinstance(node, MappingNode):
         return Leaf(_scalar(node, key, at), at)
     entries: dict[str, Leaf | Section] = {}
     for key_node, value_node in node.value:
-        line = f"{name} line {key_node.start_mark.line + 1}"
+        line = _place(name, key_node)
         word = _scalar(key_node, key, line)
         path = _join(key, str(word))
         if not isinstance(word, str):
@@ -104,6 +104,10 @@ def _tree(node: Node, key: str, name: str) -> Leaf | Section:
             raise InvalidConfig(path, "is given twice", "keep one of the two", at=line)
         entries[word] = _tree(value_node, path, name)
     return Section(entries, at)
+
+
+def _place(name: str, node: Node) -> str:
+    return name if name == "--set" else f"{name} line {node.start_mark.line + 1}"
 
 
 def _scalar(node: Node, key: str, at: str) -> object:
@@ -133,10 +137,7 @@ def _parse_override(text: str) -> tuple[str, Leaf | Section]:
         raise InvalidConfig(key, reason, "quote it", at="--set") from error
     if node is None:
         return key, Leaf(None, "--set")
-    tree = _tree(node, key, "--set")
-    if isinstance(tree, Leaf) and isinstance(tree.value, str):
-        return key, Leaf(tree.value, "--set")
-    return key, tree
+    return key, _tree(node, key, "--set")
 
 
 def _put(tree: Section, path: list[str], value: Leaf | Section, key: str) -> None:

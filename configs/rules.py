@@ -17,18 +17,12 @@ def check_rules(config: ClusterConfig) -> None:
 
 
 def _check_phases(config: ClusterConfig) -> None:
-    """Somebody must compute prompts, and a pool that nobody asks must not be paid for."""
+    """Somebody must compute prompts, and a step must hold every row."""
     if config.prefill.replicas == 0 and config.decode.local_prefill == "never":
         raise InvalidConfig(
             "decode.local_prefill",
             "never, while prefill.replicas is 0: nobody would compute prompts",
             "set prefill.replicas to 1 or more, or decode.local_prefill to always",
-        )
-    if config.prefill.replicas > 0 and config.decode.local_prefill == "always":
-        raise InvalidConfig(
-            "prefill.replicas",
-            f"{config.prefill.replicas}, while decode.local_prefill is always: the pool would idle",
-            "set prefill.replicas to 0, or decode.local_prefill to auto or never",
         )
     if config.decode.max_batch_tokens < config.decode.max_batch_size:
         raise InvalidConfig(
@@ -56,7 +50,7 @@ def _check_devices(config: ClusterConfig) -> None:
         if pool.device == "cuda" and pool.threads:
             raise InvalidConfig(
                 f"{name}.threads",
-                f"{pool.threads}, while {name}.device is cuda: the model is not computed on the CPU",
+                f"{pool.threads}, while {name}.device is cuda: the CPU does not compute",
                 f"leave {name}.threads out",
             )
 

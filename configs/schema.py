@@ -40,8 +40,8 @@ class HostPort:
     words: tuple[str, ...] = ()
 
 
-Count = Annotated[int, Between(1, 2**31 - 1)]
-CountOrZero = Annotated[int, Between(0, 2**31 - 1)]
+Count = Annotated[int, Between(1)]
+CountOrZero = Annotated[int, Between(0)]
 Milliseconds = Annotated[float, Above(0.0)]
 Seconds = Annotated[float, Above(0.0)]
 Size = Annotated[int, Bytes()]

@@ -69,13 +69,13 @@ def _check_marks(kind: Any, marks: list[Any], value: object, key: str, at: str) 
             value = _check_size(value, key, at)
         elif isinstance(mark, HostPort):
             value = _check_address(mark, value, key, at)
-    value = _check_type(kind, value, key, at)
+    number = _check_type(kind, value, key, at)
     for mark in marks:
-        if isinstance(mark, Between) and not mark.low <= value <= mark.high:
-            raise InvalidConfig(key, f"{value} is out of range", _range(mark, ">="), at=at)
-        if isinstance(mark, Above) and not mark.low < value <= mark.high:
-            raise InvalidConfig(key, f"{value} is out of range", _range(mark, ">"), at=at)
-    return value
+        if isinstance(mark, Between) and not mark.low <= number <= mark.high:
+            raise InvalidConfig(key, f"{number} is out of range", _range(mark, ">="), at=at)
+        if isinstance(mark, Above) and not mark.low < number <= mark.high:
+            raise InvalidConfig(key, f"{number} is out of range", _range(mark, ">"), at=at)
+    return number
 
 
 def _range(mark: Between | Above, sign: str) -> str:

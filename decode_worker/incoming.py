@@ -45,11 +45,13 @@ class Inbox:
         scheduler: DecodeScheduler,
         kv: KVEndpoint,
         *,
+        block_size: int,
         orphan_s: float,
         clock: Callable[[], float],
     ) -> None:
         self.scheduler = scheduler
         self.kv = kv
+        self.block_size = block_size
         self.orphan_s = orphan_s  # committed KV that nobody resumes is dropped after this
         self.clock = clock
         self.news = Arrivals()
@@ -63,7 +65,7 @@ class Inbox:
 
     def asked(self, event: Asked) -> None:
         """A prefill worker starts a prompt: give it blocks if there is room."""
-        blocks = self.scheduler.lease(event.num_blocks * self.kv.layout.block_size)
+        blocks = self.scheduler.lease(event.num_blocks * self.block_size)
         if not self.kv.answer(event, blocks):
             if blocks is not None:
                 self.scheduler.unlease(blocks)
@@ -85,6 +87,16 @@ class Inbox:
         else:
             self._expect(Incoming(sequence, lease, source, now_s))
             self.scheduler.wait_for_room(sequence, now_s)
+
+    def refuse(self, lease: int, source: TransferAddress) -> None:
+        """Nobody will use this KV: give it up wherever it is."""
+        if lease in self._committed:
+            ended, _ = self._committed.pop(lease)
+            self.scheduler.unlease(list(ended.blocks))
+        elif lease in self._granted:
+            self.kv.abort(lease)
+        else:
+            self.kv.discard(source, lease)
 
     def fetch(self) -> None:
         """Grant blocks to the parked sequences that there is room for now."""
@@ -117,10 +129,7 @@ class Inbox:
         incoming = self._forget(lease)
         assert incoming is not None
         self.scheduler.abort(sequence_id)
-        if lease in self._granted:
-            self.kv.abort(lease)
-        else:
-            self.kv.discard(incoming.source, lease)
+        self.refuse(lease, incoming.source)
         return True
 
     def sweep(self) -> None:

@@ -16,12 +16,12 @@ from ..engine.load import SchedulerLoad
 from ..engine.report import Failed, FailureCode, Finished, Report
 from ..engine.request import FinishReason, Request, TransferAddress
 from ..engine.sequence import Sequence
-from ..engine.step_time import features_of
-from ..engine.step_time_online import OnlineStepTime
 from ..kv_transfer.endpoint import KVEndpoint
 from ..kv_transfer.events import Asked, Ended
 from .incoming import Arrivals, Inbox
 from .scheduler import DecodeScheduler
+
+TOO_LONG = "prompt and max_tokens together exceed this worker's KV pool"
 
 
 @dataclass(slots=True)
@@ -40,17 +40,21 @@ class DecodeWorker:
         *,
         scheduler: DecodeScheduler,
         compute: ComputeThread,
-        step_time: OnlineStepTime,
         kv: KVEndpoint,
         orphan_s: float,
         clock: Callable[[], float],
     ) -> None:
         self.scheduler = scheduler
         self.compute = compute
-        self.step_time = step_time
         self.kv = kv
         self.clock = clock
-        self.inbox = Inbox(scheduler, kv, orphan_s=orphan_s, clock=clock)
+        self.inbox = Inbox(
+            scheduler,
+            kv,
+            block_size=compute.runner.layout.block_size,
+            orphan_s=orphan_s,
+            clock=clock,
+        )
         self._live: dict[str, Timings] = {}  # by sequence id
         self._news = Report()  # what happened between steps
         self._wake = asyncio.Event()
@@ -58,7 +62,7 @@ class DecodeWorker:
     def submit(self, request: Request) -> None:
         """Compute the prompt here, then decode."""
         if not self.scheduler.fits(request.max_total_tokens):
-            self._fail(request.id, FailureCode.INVALID, "the request exceeds this worker's KV pool")
+            self._fail(request.id, FailureCode.INVALID, TOO_LONG)
             return
         self._live[request.id] = Timings()
         self.scheduler.add(Sequence(request), self.clock())
@@ -74,6 +78,10 @@ class DecodeWorker:
         source: TransferAddress,
     ) -> None:
         """Decode what a prefill worker handed over; the client has the first token already."""
+        if not self.scheduler.fits(request.max_total_tokens):
+            self.inbox.refuse(lease, source)
+            self._fail(request.id, FailureCode.INVALID, TOO_LONG)
+            return
         sequence = Sequence(request)
         sequence.append(first_token)
         self._live[request.id] = Timings()
@@ -90,6 +98,11 @@ class DecodeWorker:
 
     def load(self) -> SchedulerLoad:
         return self.scheduler.load()
+
+    @property
+    def num_transfers(self) -> int:
+        """Transfers into this worker that have not become a running sequence."""
+        return len(self.inbox)
 
     @property
     def idle(self) -> bool:
@@ -132,7 +145,7 @@ class DecodeWorker:
         except StepFailed as error:
             self._give_up(batch, str(error))
             return
-        self.step_time.observe(features_of(batch), seconds)
+        self.scheduler.observe(batch, seconds)
         self._publish(self.scheduler.advance(batch, output, self.clock()), output)
 
     def _publish(self, progress: Progress, output: StepOutput) -> None:
@@ -155,12 +168,12 @@ class DecodeWorker:
         self._live[sequence.id].prefill_s = self.clock() - sequence.first_scheduled_s
 
     def _finished(self, sequence: Sequence, reason: FinishReason) -> Finished:
-        assert sequence.first_scheduled_s is not None, "a finished sequence was scheduled once"
         timings = self._live.pop(sequence.id)
+        started_s = sequence.first_scheduled_s  # None: its prompt was computed elsewhere
         return Finished(
             id=sequence.id,
             reason=reason,
-            queue_s=sequence.first_scheduled_s - sequence.request.arrival_s,
+            queue_s=0.0 if started_s is None else started_s - sequence.request.arrival_s,
             prefill_s=timings.prefill_s,
             transfer_s=timings.transfer_s,
             preemptions=sequence.num_preemptions,

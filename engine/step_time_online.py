@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from .step_time import StepCoefficients, StepFeatures
 
-_FORGET = 0.995  # weight left of a sample after one more of its kind: a memory of about 200
+_FORGET = 0.99  # weight left of a sample after one more of its kind: a memory of about 100
 _SWEEPS = 3  # coordinate descent sweeps a sample; the solution is kept warm between samples
 _TINY = 1e-100  # a feature with less weight than this keeps the coefficient it had
 

@@ -38,6 +38,14 @@ def append(kv: Tensor, k: Tensor, v: Tensor, slots: Tensor) -> None:
     kv[block, 1, :, offset] = v
 
 
+def _causal_mask(start: int, count: int, begin: int, window: int, device: torch.device) -> Tensor:
+    """Which of the positions [begin, start + count) each of [start, start + count) sees."""
+    queries = torch.arange(start, start + count, device=device).unsqueeze(1)
+    keys = torch.arange(begin, start + count, device=device)
+    seen = keys <= queries
+    return seen & (keys > queries - window) if window else seen
+
+
 def attend(
     q: Tensor,  # [count, heads, dim]: positions [start, start + count) of one sequence
     kv: Tensor,
@@ -49,19 +57,24 @@ def attend(
 ) -> Tensor:  # [count, heads, dim]
     """Causal attention of one row over its blocks, gathered. `window` 0: the whole context."""
     count, heads, dim = q.shape
-    block_size = kv.shape[3]
+    kv_heads, block_size = kv.shape[2], kv.shape[3]
     context = start + count
     first = max(0, start + 1 - window) // block_size if window else 0
-    gathered = kv[blocks[first : -(-context // block_size)]]
     begin = first * block_size
+    gathered = kv[blocks[first : -(-context // block_size)]]
     k, v = gathered.permute(1, 2, 0, 3, 4).flatten(2, 3)[:, :, : context - begin]
-    group = heads // k.shape[0]
-    grouped = q.view(count, k.shape[0], group, dim).permute(1, 2, 0, 3)
+    group = heads // kv_heads
+    one_triangle = begin == start and not window and count > 1
+    sees_all = count == 1 and not window
+    mask = None
+    if not (one_triangle or sees_all):
+        mask = _causal_mask(start, count, begin, window, q.device)
     out = F.scaled_dot_product_attention(
-        grouped,
-        k.unsqueeze(1).expand(-1, group, -1, -1),
+        q.reshape(count, kv_heads, group, dim).permute(1, 2, 0, 3),
+        k.unsqueeze(1).expand(-1, group, -1, -1),  # a KV head is shared, not repeated
         v.unsqueeze(1).expand(-1, group, -1, -1),
-        attn_mask=causal_mask(start, count, begin, window, q.device) if count > 1 else None,
+        attn_mask=mask,
+        is_causal=one_triangle,
         scale=scale,
-    ) if not (window and count == 1) else None
+    )
     return out.permute(2, 0, 1, 3).reshape(count, heads, dim)

@@ -178,9 +178,7 @@ def _round(builder: ir.IRBuilder, value: Any, lanes: int) -> Any:
     bits = builder.bitcast(value, kind)
     odd = builder.and_(builder.lshr(bits, constant(16)), constant(1))
     carried = builder.add(bits, builder.add(odd, constant(0x7FFF)))
-    return builder.trunc(
-        builder.lshr(carried, constant(16)), ir.VectorType(ir.IntType(16), lanes)
-    )
+    return builder.trunc(builder.lshr(carried, constant(16)), ir.VectorType(ir.IntType(16), lanes))
 
 
 @intrinsic(prefer_literal=True)

@@ -131,16 +131,18 @@ class Copier:
         self._thread.join()
 
     def _run(self) -> None:
-        end = "closed"
+        end = "broken"
         try:
             while not self._closing:
                 self._bell.clear()
                 self._read_inbox()
                 if not self._step():
                     self._bell.wait(self.WAIT_S)
-        except OSError:  # the peer's end of the data connection is gone
-            end = "broken"
-        self._tell(end, 0, None)
+            end = "closed"
+        except OSError:
+            pass  # the peer's end of the data connection is gone: told below
+        finally:
+            self._tell(end, 0, None)
 
     def _read_inbox(self) -> None:
         while self._inbox:

@@ -12,20 +12,28 @@ import itertools
 import zlib
 from collections import Counter
 from collections.abc import AsyncIterator, Sequence
-from functools import partial
 
 from ..engine.layout import KVLayout
 from ..engine.request import TransferAddress, WorkerId
-from .copier import Cancel, Finish, Push
+from .copier import Cancel
 from .digest import block_checksum
-from .events import Asked, Ended, Outcome, PairStatus, PeerUnavailable, Released, Side
-from .events import TransferConfig as TransferConfig
-from .layer_clock import LayerClock, finished_clock
+from .events import (
+    Asked,
+    Ended,
+    Outcome,
+    PairStatus,
+    PeerUnavailable,
+    Released,
+    Side,
+    TransferConfig,
+)
+from .layer_clock import LayerClock
 from .lease import Action, Answered, Send, Start, Stop, Verify
 from .lease_receiver import ReceiverTable
-from .lease_sender import SenderTable, Sending
+from .lease_sender import SenderTable
 from .memory import PoolMemory
 from .messages import Abort, Ask, Beat, Committed, Grant, Message, Refuse, Sent
+from .outgoing import Outgoing
 from .pair import Life, Pair
 from .switchboard import Copied, Gone, Heard, Notice, Switchboard, Took
 
@@ -49,7 +57,7 @@ class KVEndpoint:
         self._board = Switchboard(worker, layout, memory, config, self._receivers, self._on_notice)
         self._numbers = itertools.count(1)
         self._asks: dict[int, asyncio.Future[bool]] = {}
-        self._clocks: dict[int, list[LayerClock]] = {}  # of leases being pushed
+        self._outgoing = Outgoing(layout, memory, config, self._senders, self._board)
         self._events: asyncio.Queue[Asked | Ended | Released | None] = asyncio.Queue()
         self._checks: set[asyncio.Task[None]] = set()
         self._ticker: asyncio.Task[None] | None = None
@@ -90,6 +98,9 @@ class KVEndpoint:
             self._perform(self._senders.ask(pair.number, pair.peer, lease, num_blocks, now_s))
             async with asyncio.timeout(self._config.answer_s):
                 return await answer
+        except asyncio.CancelledError:
+            self.abort(lease)  # it may be granted already
+            raise
         except TimeoutError:
             self._board.counters["ask not answered"] += 1
             return False
@@ -107,9 +118,7 @@ class KVEndpoint:
         entry = self._senders.push(lease, list(blocks), first, self._loop.time())
         if entry is None:
             return
-        self._clocks.setdefault(lease, []).append(ready)
-        if not self._is_small(entry):
-            self._submit(entry, first, len(blocks), ready)
+        self._outgoing.push(entry, first, len(blocks), ready)
 
     def commit(self, lease: int, num_tokens: int, digest: int) -> None:
         """All is pushed: after the last `push`, best when its step is over.
@@ -120,14 +129,10 @@ class KVEndpoint:
         if entry is None:
             return
         entry.num_tokens, entry.digest = num_tokens, digest
-        clocks = self._clocks.get(lease, [])
-        if any(clock.failed for clock in clocks):
+        if self._outgoing.has_failed(lease):
             self._perform(self._senders.abort(lease, Outcome.ABORTED, "a step failed"))
-            return
-        if self._is_small(entry):
-            last = clocks[-1] if clocks else finished_clock(self._layout.num_layers)
-            self._submit(entry, 0, len(entry.source), last)
-        self._finish(entry)
+        else:
+            self._outgoing.commit(entry)
 
     def park(self, lease: int, blocks: Sequence[int], num_tokens: int, digest: int) -> None:
         """KV that stands complete in this pool waits for a grant; exactly one Ended follows."""
@@ -208,70 +213,6 @@ class KVEndpoint:
             await asyncio.gather(task, return_exceptions=True)
         self._events.put_nowait(None)
 
-    # Sending
-
-    def _is_small(self, entry: Sending) -> bool:
-        size = entry.num_blocks * self._layout.num_layers * self._layout.block_bytes
-        return size <= self._config.small_bytes
-
-    def _submit(self, entry: Sending, first: int, count: int, clock: LayerClock) -> None:
-        """Have blocks written: at once if they are few and computed, else by the copier."""
-        pair = self._pair_of(entry)
-        if pair is None:
-            return
-        last = first + count
-        push = Push(
-            lease=entry.lease,
-            generation=entry.generation,
-            first=first,
-            source=tuple(entry.source[first:last]),
-            target=entry.target[first:last],
-            clock=clock,
-        )
-        num_layers = self._layout.num_layers
-        entry.num_bytes += count * num_layers * self._layout.block_bytes
-        computed = clock.done >= num_layers
-        if not (self._is_small(entry) and computed and pair.copier.idle):
-            pair.copier.submit(push)
-            return
-        try:
-            pair.writer.write_now(push, range(num_layers))
-        except OSError as error:
-            self._board.fault(pair, f"cannot write: {error}")
-
-    def _finish(self, entry: Sending) -> None:
-        """Have the receiver told, once everything is written."""
-        pair = self._pair_of(entry)
-        if pair is None:
-            return
-        wanted = self._config.checksum or pair.hello.checksum
-        if pair.copier.idle and not pair.writer.pending and not wanted:
-            self._finished(pair, entry.lease, None)
-            return
-        checksum = partial(block_checksum, self._memory, self._layout) if wanted else None
-        pair.copier.submit(Finish(entry.lease, tuple(entry.source), checksum))
-
-    def _finished(self, pair: Pair, lease: int, checksum: int | None) -> None:
-        entry = self._senders.get(lease)
-        if entry is None:
-            return
-        clocks = self._clocks.get(lease)
-        entry.computed_s = clocks[-1].finished_s if clocks else entry.begun_s
-        message = self._senders.sent(lease, checksum, self._loop.time())
-        if message is not None:
-            self._board.send(pair, message)
-
-    def _send_parked(self, lease: int) -> None:
-        entry = self._senders.get(lease)
-        assert entry is not None, "a lease starts when it is granted"
-        self._submit(entry, 0, entry.num_blocks, finished_clock(self._layout.num_layers))
-        self._finish(entry)
-
-    def _pair_of(self, entry: Sending) -> Pair | None:
-        """The open pair of a lease; a dying one ends its leases by itself."""
-        pair = self._board.pairs.get(entry.pair) if entry.pair is not None else None
-        return pair if pair is not None and pair.life is Life.OPEN else None
-
     # What happens
 
     def _on_notice(self, notice: Notice) -> None:
@@ -302,25 +243,19 @@ class KVEndpoint:
                 self._perform(self._receivers.on_sent(number, message, now_s))
             case Committed():
                 self._perform(self._senders.on_committed(number, message, now_s))
+            case Abort() if message.from_sender:
+                self._perform(self._receivers.on_abort(number, message))
             case Abort():
-                self._on_abort(pair, message)
+                self._perform(self._senders.on_abort(number, message))
             case Beat():
                 self._perform(self._receivers.on_beat(number, message, now_s))
                 self._perform(self._senders.on_beat(number, message))
             case _:
                 raise AssertionError(f"{message} is the switchboard's")
 
-    def _on_abort(self, pair: Pair, message: Abort) -> None:
-        """From a sender if `drained` or known here as received; else from a receiver."""
-        entry = self._receivers.get(message.lease)
-        if message.drained or (entry is not None and entry.pair == pair.number):
-            self._perform(self._receivers.on_abort(pair.number, message))
-        else:
-            self._perform(self._senders.on_abort(pair.number, message))
-
     def _on_copied(self, pair: Pair, what: str, lease: int, checksum: int | None) -> None:
         if what == "finished":
-            self._finished(pair, lease, checksum)
+            self._outgoing.finished(pair, lease, checksum)
         elif what == "failed":
             self._perform(self._senders.abort(lease, Outcome.ABORTED, "the step failed"))
         elif what == "drained":
@@ -339,7 +274,7 @@ class KVEndpoint:
                     if (future := self._asks.get(lease)) is not None and not future.done():
                         future.set_result(granted)
                 case Start(lease):
-                    self._send_parked(lease)
+                    self._outgoing.send_parked(lease)
                 case Stop(number, lease):
                     self._stop(number, lease)
                 case Verify():
@@ -373,7 +308,7 @@ class KVEndpoint:
 
     def _note(self, ended: Ended) -> None:
         if ended.side is Side.SENDER:
-            self._clocks.pop(ended.lease, None)
+            self._outgoing.forget(ended.lease)
         for pair in self._board.pairs.values():
             if pair.peer == ended.peer and pair.life is not Life.CLOSED:
                 committed = ended.outcome is Outcome.COMMITTED

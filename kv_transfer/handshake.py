@@ -65,11 +65,13 @@ async def say(sock: socket.socket, hello: Hello, fd: int | None, preface: bytes 
         "checksum": hello.checksum,
         "token": hello.token,
     }
-    frame = preface + _framed(fields)
+    frame = _framed(fields)
     if fd is None:
-        await asyncio.get_running_loop().sock_sendall(sock, frame)
-    else:  # a fresh socket takes a hello whole
-        socket.send_fds(sock, [frame], [fd])
+        await asyncio.get_running_loop().sock_sendall(sock, preface + frame)
+        return
+    if preface:  # apart: a descriptor is delivered with the first byte of its own send
+        sock.send(preface)
+    socket.send_fds(sock, [frame], [fd])  # a fresh socket takes a hello whole
 
 
 async def refuse(sock: socket.socket, reason: str) -> None:
@@ -130,7 +132,8 @@ def attach(received: Received) -> PoolMemory:
 
 
 def _framed(fields: dict[str, Any]) -> bytes:
-    body: bytes = msgpack.packb(fields)
+    body = msgpack.packb(fields)
+    assert body is not None, "a dictionary packs"
     return _LENGTH.pack(len(body)) + body
 
 

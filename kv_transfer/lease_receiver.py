@@ -109,7 +109,7 @@ class ReceiverTable:
         if entry.state is State.ASKED:
             del self._leases[lease]
             return [Send(entry.pair, Refuse(lease, entry.attempt))]
-        notice = Abort(lease, entry.generation, entry.attempt, outcome.value, reason, False)
+        notice = Abort(lease, entry.generation, entry.attempt, outcome.value, reason, False, False)
         return [Send(entry.pair, notice), *self._revoke(entry, outcome, reason, drained=False)]
 
     # What is written here (TCP)

@@ -225,10 +225,10 @@ class SenderTable:
         known = unpack_leases(message.receiving)
         actions: list[Action] = []
         for entry in self.on_pair(pair):
-            if entry.state in (State.GRANTED, State.SENT):
-                if (entry.lease, entry.generation) not in known:
-                    self.refused["forgotten by the receiver"] += 1
-                    actions += self._drain(entry, Outcome.LOST, "forgotten by the receiver")
+            live = entry.state in (State.GRANTED, State.SENT)
+            if live and (entry.lease, entry.generation) not in known:
+                self.refused["forgotten by the receiver"] += 1
+                actions += self._drain(entry, Outcome.LOST, "forgotten by the receiver")
         return actions
 
     # What time and the network do
@@ -316,9 +316,9 @@ def _answers(entry: Sending, pair: int, message: Grant) -> bool:
 
 
 def _abort(entry: Sending, outcome: Outcome, reason: str, *, drained: bool) -> Abort:
-    return Abort(entry.lease, entry.generation, entry.attempt, outcome.value, reason, drained)
+    return Abort(entry.lease, entry.generation, entry.attempt, outcome.value, reason, True, drained)
 
 
 def _disown(lease: int, generation: int, reason: str) -> Abort:
     """Nothing is, or ever will be, written under this generation."""
-    return Abort(lease, generation, 0, Outcome.ABORTED.value, reason, True)
+    return Abort(lease, generation, 0, Outcome.ABORTED.value, reason, True, True)

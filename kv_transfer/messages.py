@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import struct
 from array import array
-from dataclasses import astuple, dataclass, fields
+from dataclasses import dataclass, fields
 
 import msgpack
 
@@ -72,14 +72,15 @@ class Committed:
 
 @dataclass(frozen=True, slots=True)
 class Abort:
-    """Either side: this lease is over. From the sender, `drained` says that nothing of it will
-    be written any more; generation 0 withdraws the ask `attempt`."""
+    """Either side: this lease is over. `drained`, from the sender only: nothing of it will be
+    written any more. Generation 0 withdraws the ask `attempt`."""
 
     lease: int
     generation: int
     attempt: int
     outcome: str
     reason: str
+    from_sender: bool
     drained: bool
 
 
@@ -128,7 +129,11 @@ _KINDS: tuple[type[Message], ...] = (
     Bye,
 )
 _NUMBER = {kind: number for number, kind in enumerate(_KINDS)}
+_NAMES = {kind: tuple(f.name for f in fields(kind)) for kind in _KINDS}
 _FIELDS = {kind: tuple(_TYPES[str(f.type)] for f in fields(kind)) for kind in _KINDS}
+
+
+_OUTCOMES = frozenset(outcome.value for outcome in Outcome)
 
 
 def pack_blocks(blocks: tuple[int, ...]) -> bytes:
@@ -154,7 +159,9 @@ def unpack_leases(packed: bytes) -> set[tuple[int, int]]:
 
 def encode(message: Message) -> bytes:
     """A length-prefixed frame."""
-    body: bytes = msgpack.packb((_NUMBER[type(message)], *astuple(message)))
+    kind = type(message)
+    body = msgpack.packb((_NUMBER[kind], *[getattr(message, name) for name in _NAMES[kind]]))
+    assert body is not None, "a tuple packs"
     if len(body) > MAX_FRAME:
         raise MalformedFrame(f"frame of {len(body)} bytes; at most {MAX_FRAME} go")
     return _LENGTH.pack(len(body)) + body
@@ -167,11 +174,12 @@ def decode(body: bytes | memoryview) -> Message:
         kind = _KINDS[number]
     except Exception as error:  # msgpack raises many kinds for hostile bytes
         raise MalformedFrame(f"not a message: {type(error).__name__}") from error
-    if [type(value) for value in values] != list(_FIELDS[kind]):
+    if tuple(map(type, values)) != _FIELDS[kind]:
         raise MalformedFrame(f"{kind.__name__} with the wrong fields")
-    if any(type(value) is int and not 0 <= value < 1 << 64 for value in values):
-        raise MalformedFrame(f"{kind.__name__} with a number out of range")
-    if kind is Abort and values[3] not in set(Outcome):
+    for value in values:  # msgpack's integers end below 2^64
+        if type(value) is int and value < 0:
+            raise MalformedFrame(f"{kind.__name__} with a negative number")
+    if kind is Abort and values[3] not in _OUTCOMES:
         raise MalformedFrame(f"unknown outcome {values[3]!r}")
     return kind(*values)
 

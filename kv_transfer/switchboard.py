@@ -9,7 +9,6 @@ import asyncio
 import contextlib
 import secrets
 import socket
-import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -190,9 +189,11 @@ class Switchboard:
                 await asyncio.shield(pair.ready)
         except PeerRefused:
             raise
-        except (OSError, TimeoutError, PeerUnavailable, MalformedFrame, ValueError) as error:
+        except (OSError, TimeoutError, PeerUnavailable, ValueError) as error:
             breaker.failed(self._loop.time())
             self.counters["call failed"] += 1
+            if isinstance(error, PeerUnavailable):
+                raise
             reason = str(error) or type(error).__name__
             raise PeerUnavailable(f"{peer.worker} cannot be reached: {reason}") from error
         breaker.succeeded()
@@ -323,7 +324,7 @@ class Switchboard:
         assert pair.reader is not None, "only TCP has a data connection"
         pair.heard_s = self._loop.time()
         try:
-            actions = pair.reader.read(time.monotonic())
+            actions = pair.reader.read(self._loop.time())
         except (OSError, MalformedFrame) as error:
             if isinstance(error, MalformedFrame):
                 self.counters["malformed"] += 1

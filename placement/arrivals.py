@@ -20,9 +20,7 @@ def poisson(num_requests: int, rate_rps: float, rng: np.random.Generator) -> Flo
     return np.cumsum(rng.exponential(1.0, num_requests)) / rate_rps
 
 
-def gamma(
-    num_requests: int, rate_rps: float, cv: float, rng: np.random.Generator
-) -> FloatColumn:
+def gamma(num_requests: int, rate_rps: float, cv: float, rng: np.random.Generator) -> FloatColumn:
     """Gamma gaps with coefficient of variation `cv`: 1 is Poisson, above 1 comes in bursts."""
     shape = 1.0 / (cv * cv)
     return np.cumsum(rng.gamma(shape, 1.0 / shape, num_requests)) / rate_rps

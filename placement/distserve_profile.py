@@ -9,12 +9,17 @@ from __future__ import annotations
 import csv
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..engine.errors import InvalidConfig
+from ..engine.step_time import PiecewiseStepTime, StepCoefficients
+from .latency import Limits, NoLatency, Phase, PhaseLatency
 
 Triple = tuple[float, float, float]
+ORIGIN = "published: DistServe (OSDI '24) on A100-SXM4-80GB, FP16; not measured by us"
+FIRST_STAGE_MS = 2.0  # what its simulator adds to a step's first stage, and a token
+FIRST_STAGE_MS_PER_TOKEN = 1e-4
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -48,6 +53,66 @@ class DistServeCoefficients:
 DistServeProfile = Mapping[tuple[str, int], DistServeCoefficients]  # (model, tensor parallel)
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DistServeLatency:
+    """The same times in the form that every source has. Is a `LatencySource`."""
+
+    model: str
+    profile: DistServeProfile
+
+    def phase(
+        self, phase: Phase, tensor_parallel: int = 1, pipeline_parallel: int = 1
+    ) -> PhaseLatency:
+        coefficients = self.profile.get((self.model, tensor_parallel))
+        if coefficients is None:
+            known = sorted(tp for model, tp in self.profile if model == self.model)
+            raise NoLatency(
+                f"DistServe's profile of {self.model}",
+                f"holds no tensor parallel {tensor_parallel}",
+                f"use one of {known}",
+            )
+        stages = tuple(
+            _stage(coefficients, pipeline_parallel, first=i == 0) for i in range(pipeline_parallel)
+        )
+        return PhaseLatency(
+            hardware="a100-80g",
+            model=self.model,
+            phase=phase,
+            tensor_parallel=tensor_parallel,
+            stages=stages,
+            limits=Limits(),
+            origin=ORIGIN,
+        )
+
+
+def _stage(k: DistServeCoefficients, stages: int, *, first: bool) -> PiecewiseStepTime:
+    """Of one stage, in seconds. `attention` holds Σ length²/2, so its coefficient is 2c.
+
+    The published context counts the token being computed, a `StepFeatures` does not: that token's
+    share goes to the row. Its overhead a token counts chunks' tokens and rows' context.
+    A step with both, which it never measured, is taken as the decode step and the chunks' share.
+    """
+    fixed_ms, token_ms = (FIRST_STAGE_MS, FIRST_STAGE_MS_PER_TOKEN) if first else (0.0, 0.0)
+    a, b, c = k.prefill
+    alone = StepCoefficients(
+        base_s=(a / stages + stages + fixed_ms) / 1e3,
+        new_token_s=(b / stages + token_ms) / 1e3,
+        attention_s=2 * c / stages / 1e3,
+    )
+    pieces = {0: alone}
+    for rows, (fixed, context, row) in (
+        (1, k.decode_small),
+        (k.large_from_rows, k.decode_large),
+    ):
+        pieces[rows] = replace(
+            alone,
+            base_s=(fixed / stages + fixed_ms) / 1e3,
+            decode_row_s=(row + context) / stages / 1e3,
+            decode_context_s=(context / stages + token_ms) / 1e3,
+        )
+    return PiecewiseStepTime(pieces)
+
+
 def read_distserve_profile(path: str | Path) -> DistServeProfile:
     """Read `profiler-*.json`. Raises InvalidConfig where it is not of that form."""
     try:
@@ -64,7 +129,9 @@ def read_distserve_profile(path: str | Path) -> DistServeProfile:
         }
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InvalidConfig(
-            str(path), f"not a DistServe profile: {error!r}", "give a profiler-*.json of simdistserve"
+            str(path),
+            f"not a DistServe profile: {error!r}",
+            "give a profiler-*.json of simdistserve",
         ) from error
 
 

@@ -53,9 +53,7 @@ class Hardware:
 
 
 PAPER = tuple(
-    f.name
-    for f in fields(Hardware)
-    if f.name not in ("name", "version", "coefficients", "origin")
+    f.name for f in fields(Hardware) if f.name not in ("name", "version", "coefficients", "origin")
 )
 
 
@@ -70,7 +68,9 @@ def read_hardware(name_or_path: str) -> Hardware:
     path = Path(name_or_path) if own else SHEETS / f"{name_or_path}.json"
     if not own and name_or_path not in hardware_names():
         raise InvalidConfig(
-            f"hardware {name_or_path!r}", "no such sheet", f"use one of {hardware_names()} or a path"
+            f"hardware {name_or_path!r}",
+            "no such sheet",
+            f"use one of {hardware_names()} or a path",
         )
     try:
         sheet = json.loads(path.read_text(encoding="utf-8"))

@@ -22,12 +22,21 @@ Phase = Literal["prefill", "decode", "mixed"]  # mixed: chunks and decoding rows
 class KnotStepTime:
     """Monotone and piecewise linear in tokens, linear in attention and context. Is a `StepTime`.
 
-    seconds = curve(new tokens + decoding rows) + attention·a + rows·r + context·c: matrix
+    seconds = curve(new tokens + w·decoding rows) + attention·a + rows·r + context·c. Matrix
     products see all tokens alike, so one curve carries them (weights read at few tokens,
-    arithmetic at many). Beyond the last knot the last slope goes on.
+    arithmetic at many) and w = `row_tokens` is 1, unless rows were measured to be cheaper.
+    Beyond the last knot the last slope goes on.
     """
 
-    __slots__ = ("attention_s", "decode_context_s", "decode_row_s", "seconds", "slopes", "tokens")
+    __slots__ = (
+        "attention_s",
+        "decode_context_s",
+        "decode_row_s",
+        "row_tokens",
+        "seconds",
+        "slopes",
+        "tokens",
+    )
 
     def __init__(
         self,
@@ -37,6 +46,7 @@ class KnotStepTime:
         attention_s: float = 0.0,
         decode_row_s: float = 0.0,
         decode_context_s: float = 0.0,
+        row_tokens: float = 1.0,
     ) -> None:
         assert len(tokens) == len(seconds) >= 2
         pairs = list(zip(tokens, seconds, strict=True))
@@ -49,6 +59,7 @@ class KnotStepTime:
         self.attention_s = attention_s
         self.decode_row_s = decode_row_s
         self.decode_context_s = decode_context_s
+        self.row_tokens = row_tokens
 
     def curve_s(self, tokens: float) -> float:
         """Of the matrix products; below the first knot its own value."""
@@ -60,7 +71,7 @@ class KnotStepTime:
     def batch_s(self, features: StepFeatures) -> float:
         new_tokens, attention, decode_rows, decode_context = features
         return (
-            self.curve_s(new_tokens + decode_rows)
+            self.curve_s(new_tokens + self.row_tokens * decode_rows)
             + self.attention_s * attention
             + self.decode_row_s * decode_rows
             + self.decode_context_s * decode_context
@@ -74,6 +85,7 @@ class KnotStepTime:
             attention_s=self.attention_s / parts,
             decode_row_s=self.decode_row_s / parts,
             decode_context_s=self.decode_context_s / parts,
+            row_tokens=self.row_tokens,
         )
 
 

@@ -80,8 +80,6 @@ def parse_length(where: str, value: Any) -> LengthDistribution:
     return Lognormal(median=median, sigma=sigma, max_tokens=maximum)
 
 
-
-
 def _positive(where: str, value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e12:
         raise InvalidConfig(where, f"{value!r} is not a positive number", "give one")

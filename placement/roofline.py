@@ -55,7 +55,9 @@ def layer_s(shape: ModelShape, tokens: float, tensor_parallel: int, hardware: Ha
         if shared:
             products.append((tokens, shared, shared))
     seconds = sum(matrix_s(t, r, w, shape.weight_bytes, hardware) for t, r, w in products)
-    row = ACTIVATION_BYTES * (12 * shape.hidden + 3 * (width + shape.num_heads * shape.head_dim) / tp)
+    row = ACTIVATION_BYTES * (
+        12 * shape.hidden + 3 * (width + shape.num_heads * shape.head_dim) / tp
+    )
     traffic_s = tokens * row / (hardware.memory_bandwidth * hardware.coefficients.weight_read)
     return seconds + traffic_s + hardware.coefficients.layer_s
 
@@ -98,7 +100,7 @@ class RooflineLatency:
             tensor_parallel=tensor_parallel,
             stages=stages,
             limits=Limits(new_tokens=KNOTS[-1], decode_rows=KNOTS[-1]),
-            origin=f"computed from a sheet; its coefficients: {self.hardware.origin['coefficients']}",
+            origin=f"computed; its coefficients: {self.hardware.origin['coefficients']}",
         )
 
     def _stage(self, tp: int, pp: int, *, last: bool) -> KnotStepTime:

@@ -20,7 +20,7 @@ from typing import Any
 
 from ..engine.errors import InvalidConfig
 from ..engine.step_time import StepFeatures
-from .fitting import Point, fit_knots, limits_of
+from .fitting import Point, contradicted, fit_knots, limits_of, medians
 from .latency import NoLatency, Phase, PhaseLatency
 
 FORMAT = "phasewise-profile/1"
@@ -70,6 +70,8 @@ class StepProfile:
                 f"profile it; (tp, pp) with points: {known}",
             )
         origin = self.origin if found else f"{self.origin}; divided by {pipeline_parallel} stages"
+        if refuted := len(contradicted(medians(whole))):
+            origin += f"; {refuted} points left out, which others contradict"
         stage = fit_knots(whole).divided(pipeline_parallel)
         return PhaseLatency(
             hardware=self.hardware,
@@ -90,7 +92,10 @@ class StepProfile:
 
     def require(self, *, hardware: str | None = None, model: str | None = None) -> None:
         """Refuse a profile of something else. None: not asked."""
-        for field, wanted, own in (("hardware", hardware, self.hardware), ("model", model, self.model)):
+        for field, wanted, own in (
+            ("hardware", hardware, self.hardware),
+            ("model", model, self.model),
+        ):
             if wanted is not None and wanted != own:
                 raise InvalidConfig(
                     f"profile.{field}", f"was measured for {own!r}, not {wanted!r}", "profile it"
@@ -111,7 +116,9 @@ def read_profile(path: str | Path) -> StepProfile:
             str(path), f"cannot read the profile: {error}", "write one with phasewise profile"
         ) from error
     if not isinstance(document, dict) or document.get("format") != FORMAT:
-        raise InvalidConfig(str(path), f"not of format {FORMAT}", "write one with phasewise profile")
+        raise InvalidConfig(
+            str(path), f"not of format {FORMAT}", "write one with phasewise profile"
+        )
     points = document.get("points")
     if not isinstance(points, list) or not points:
         raise InvalidConfig(f"{path}: points", "the profile holds none", "profile again")

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..engine.errors import InvalidConfig
+from ..engine.step_time import StepFeatures
 from .model_shape import ModelShape
 from .step_profile import ProfilePoint, StepProfile
 
@@ -168,9 +169,18 @@ def read_vidur_attention(path: str | Path, *, model: str, hardware: str) -> Step
         tp = int(row["num_tensor_parallel_workers"])
         batch, context = int(row["batch_size"]), int(row["kv_cache_size"])
         phase = "prefill" if row["is_prefill"] == "True" else "decode"
-        name = "time_stats.attn_prefill.median" if phase == "prefill" else "time_stats.attn_decode.median"
+        name = (
+            "time_stats.attn_prefill.median"
+            if phase == "prefill"
+            else "time_stats.attn_decode.median"
+        )
         new = int(float(row["prefill_chunk_size"])) if phase == "prefill" else 1
         points.append(_point(phase, tp, new, context, batch, float(row[name])))
     return StepProfile(
         hardware=hardware, model=model, dtype="float16", origin=VIDUR, points=tuple(points)
     )
+
+
+def layer_features(row: LayerRow) -> StepFeatures:
+    """Of a layer without attention: tokens alone."""
+    return StepFeatures(new_tokens=row.tokens)

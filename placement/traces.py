@@ -98,11 +98,11 @@ def read_trace(path: str | Path, format: str = "auto") -> Trace:
 def _rows(path: Path) -> Iterator[tuple[int, Row]]:
     opener = gzip.open if path.suffix == ".gz" else open
     try:
-        with opener(path, "rt", encoding="utf-8", newline="") as lines:
+        with opener(path, "rt", encoding="utf-8-sig", newline="") as lines:
             first = lines.read(1)
             lines.seek(0)
             yield from (_json_rows if first == "{" else _csv_rows)(path, lines)
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, csv.Error) as error:
         raise InvalidConfig(
             str(path), f"cannot read the trace: {error}", "give a readable file"
         ) from error
@@ -169,8 +169,8 @@ def _seconds(value: Any, scale: float = 1.0) -> float:
 
 
 def _azure(row: Row) -> Parsed:
-    """Azure 2023 (and, with TIMESTAMP XXX, NanoFlow's length lists)."""
-    stamp = row["TIMESTAMP"]
+    """Azure 2023 and 2024 (and, with TIMESTAMP XXX, NanoFlow's length lists)."""
+    stamp = row["TIMESTAMP"].removesuffix("+00:00")
     arrival_s = None
     if stamp != "XXX":  # seven digits of fraction: one more than datetime keeps
         arrival_s = datetime.fromisoformat(stamp[:19] + "+00:00").timestamp()
@@ -217,9 +217,7 @@ FORMATS: Mapping[str, _Format] = {
         MOONCAKE_BLOCK_TOKENS,
     ),
     "vidur": _Format(frozenset({"num_prefill_tokens", "num_decode_tokens"}), _vidur),
-    "splitwise": _Format(
-        frozenset({"arrival_timestamp", "prompt_size", "token_size"}), _splitwise
-    ),
+    "splitwise": _Format(frozenset({"arrival_timestamp", "prompt_size", "token_size"}), _splitwise),
     "jsonl": _Format(frozenset({"prompt_tokens", "output_tokens"}), _own, MOONCAKE_BLOCK_TOKENS),
 }
 

@@ -107,8 +107,8 @@ class WorkloadSpec:
 
     def _replayed(self, rng: np.random.Generator, rate_rps: float | None) -> Workload:
         """A window of the trace, starting anywhere; the whole when it has no more rows."""
-        assert self.trace is not None and self.trace.arrival_s is not None
         trace, fits = self.trace, self._fitting_rows()
+        assert trace is not None and trace.arrival_s is not None
         count = min(self.num_requests, len(fits))
         start = int(rng.integers(len(fits) - count + 1))
         rows = fits[start : start + count]

@@ -12,6 +12,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from ..engine.layout import KVLayout
 from ..engine.request import TransferAddress
 from ..engine.sequence import Sequence
 from ..kv_transfer.digest import token_digest
@@ -39,8 +40,11 @@ class Outgoing:
 class Outbox:
     """All transfers of a prefill worker. Runs on the worker's loop."""
 
-    def __init__(self, kv: KVEndpoint, *, mode: str, clock: Callable[[], float]) -> None:
+    def __init__(
+        self, kv: KVEndpoint, layout: KVLayout, *, mode: str, clock: Callable[[], float]
+    ) -> None:
         self.kv = kv
+        self.layout = layout
         self.mode = mode
         self.clock = clock
         self.parked = 0  # prompts that found no room and wait to be fetched, in all
@@ -62,7 +66,7 @@ class Outbox:
         outgoing = self._by_id.get(sequence.id)
         if outgoing is None or not (outgoing.granted or outgoing.asking):
             return
-        size = self.kv.layout.block_size
+        size = self.layout.block_size
         first, end = start // size, -(-(start + count) // size)
         blocks = sequence.blocks[first:end]
         if outgoing.granted:
@@ -124,7 +128,7 @@ class Outbox:
         return self.mode == "push" or self.clock() >= refused_until_s
 
     async def _ask(self, outgoing: Outgoing, decode: TransferAddress) -> None:
-        num_blocks = self.kv.layout.blocks_for(outgoing.sequence.num_tokens)
+        num_blocks = self.layout.blocks_for(outgoing.sequence.num_tokens)
         try:
             outgoing.granted = await self.kv.ask(decode, outgoing.lease, num_blocks)
         except (PeerUnavailable, PeerRefused) as error:

@@ -15,8 +15,6 @@ from ..engine.load import SchedulerLoad
 from ..engine.report import Failed, FailureCode, Finished, Report
 from ..engine.request import Handoff, Request, TransferAddress
 from ..engine.sequence import Sequence
-from ..engine.step_time import features_of
-from ..engine.step_time_online import OnlineStepTime
 from ..kv_transfer.endpoint import KVEndpoint
 from ..kv_transfer.events import Asked, Ended
 from ..kv_transfer.layer_clock import LayerClock
@@ -32,7 +30,6 @@ class PrefillWorker:
         *,
         scheduler: PrefillScheduler,
         compute: ComputeThread,
-        step_time: OnlineStepTime,
         kv: KVEndpoint,
         address: TransferAddress,
         transfer_mode: str,
@@ -40,11 +37,10 @@ class PrefillWorker:
     ) -> None:
         self.scheduler = scheduler
         self.compute = compute
-        self.step_time = step_time
         self.kv = kv
         self.address = address
         self.clock = clock
-        self.outbox = Outbox(kv, mode=transfer_mode, clock=clock)
+        self.outbox = Outbox(kv, compute.runner.layout, mode=transfer_mode, clock=clock)
         self._decode: dict[str, TransferAddress] = {}  # where each request goes on
         self._news = Report()  # what happened between steps
         self._wake = asyncio.Event()
@@ -71,6 +67,11 @@ class PrefillWorker:
     def sweep(self) -> None:
         """Called every heartbeat: no queued prompt waits on a missed wake-up."""
         self._wake.set()
+
+    @property
+    def num_transfers(self) -> int:
+        """Prompts whose KV has not left this worker."""
+        return len(self.outbox)
 
     @property
     def idle(self) -> bool:
@@ -110,7 +111,7 @@ class PrefillWorker:
             layers.fail()
             self._give_up(batch, str(error))
             return
-        self.step_time.observe(features_of(batch), seconds)
+        self.scheduler.observe(batch, seconds)
         progress = self.scheduler.advance(batch, output, self.clock())
         self._hand_over(progress, output)
 

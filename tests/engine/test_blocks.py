@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import hypothesis.strategies as st
 import pytest
 from hypothesis import given, settings
@@ -92,7 +94,7 @@ def test_a_leased_block_is_nobodys_until_the_lease_ends() -> None:
     ],
     ids=["release leased", "release twice", "unlease active", "activate active", "share leased"],
 )
-def test_misuse_fails_an_assertion(misuse) -> None:
+def test_misuse_fails_an_assertion(misuse: Callable[..., None]) -> None:
     allocator = BlockAllocator(8, 16)
     active, leased = taken(allocator.allocate(3)), taken(allocator.lease(3))
     with pytest.raises(AssertionError):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from random import Random
+
 import hypothesis.strategies as st
 from hypothesis import given
 from phasewise.engine.order import AgeLine, DeadlineLine, Line, Waiter
@@ -26,7 +28,9 @@ def serials(line: Line) -> list[int]:
 
 
 @given(st.lists(st.tuples(st.integers(0, 9), st.booleans()), max_size=200), st.randoms())
-def test_a_line_equals_a_sorted_list_whatever_leaves_from_where(operations, draw) -> None:
+def test_a_line_equals_a_sorted_list_whatever_leaves_from_where(
+    operations: list[tuple[int, bool]], draw: Random
+) -> None:
     line, expected = Line(), []
     for serial, (key, leaves) in enumerate(operations):
         joining = waiter(serial)

@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import pytest
-
 from phasewise.engine.errors import InvalidConfig
 from phasewise.placement.distserve_mirror import MirrorPhase, mirror
 from phasewise.placement.distserve_profile import DistServeCoefficients

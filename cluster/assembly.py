@@ -1,0 +1,188 @@
+"""Puts one worker together from its specification: runner, scheduler, KV endpoint, loop."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+
+from ..decode_worker.scheduler import DecodeLimits, DecodeScheduler
+from ..decode_worker.worker import DecodeWorker
+from ..engine.blocks import BlockAllocator
+from ..engine.compute import ComputeThread
+from ..engine.request import TransferAddress
+from ..engine.runner import Runner, build_runner
+from ..engine.sampler import Sampler
+from ..engine.spec import load_spec
+from ..engine.step_time_online import OnlineStepTime
+from ..kv_transfer.endpoint import KVEndpoint
+from ..kv_transfer.events import TransferConfig
+from ..kv_transfer.memory import PoolMemory
+from ..prefill_worker.scheduler import PrefillLimits, PrefillScheduler
+from ..prefill_worker.worker import PrefillWorker
+from .proto import worker_pb2 as pb
+from .spec import WorkerSpec
+from .wire import address_to_pb
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AssembledWorker:
+    """A worker that is ready to run, and what it says about itself."""
+
+    spec: WorkerSpec
+    worker: PrefillWorker | DecodeWorker
+    runner: Runner
+    compute: ComputeThread
+    kv: KVEndpoint
+    address: TransferAddress
+
+    @property
+    def prefill(self) -> PrefillWorker | None:
+        return self.worker if isinstance(self.worker, PrefillWorker) else None
+
+    @property
+    def decode(self) -> DecodeWorker | None:
+        return self.worker if isinstance(self.worker, DecodeWorker) else None
+
+    def load(self) -> pb.Load:
+        load = self.worker.load()
+        blocks = load.blocks
+        return pb.Load(
+            blocks=pb.Blocks(
+                total=blocks.total,
+                free=blocks.free,
+                active=blocks.active,
+                cached=blocks.cached,
+                leased=blocks.leased,
+            ),
+            running=load.running,
+            waiting=load.waiting,
+            queued_tokens=load.queued_tokens,
+            context_tokens=load.context_tokens,
+            leases=self.worker.num_transfers,
+            steps=self.compute.steps,
+            preemptions=load.preemptions,
+            step_age_s=self.compute.step_age_s(),
+        )
+
+    def description(self) -> pb.Description:
+        layout = self.runner.layout
+        worker = self.spec.worker
+        return pb.Description(
+            worker=pb.WorkerRef(name=worker.name, incarnation=worker.incarnation),
+            role=self.spec.role,
+            transfer=address_to_pb(self.address),
+            model_fingerprint=layout.fingerprint,
+            block_size=layout.block_size,
+            num_blocks=layout.num_blocks,
+            max_model_len=self.runner.max_model_len,
+            max_batch_size=self.spec.decode.max_batch_size if self.spec.decode else 0,
+            device=self.spec.pool.device,
+            pairs=[
+                pb.Pair(
+                    peer=pb.WorkerRef(name=pair.peer.name, incarnation=pair.peer.incarnation),
+                    transport=pair.transport,
+                    ready=pair.ready,
+                    bytes=pair.num_bytes,
+                    transfers=pair.transfers,
+                    failures=pair.failures,
+                )
+                for pair in self.kv.pairs()
+            ],
+        )
+
+
+@asynccontextmanager
+async def assemble(spec: WorkerSpec) -> AsyncIterator[AssembledWorker]:
+    """A worker with its model loaded and its KV endpoint listening, until the block is left.
+
+    Raises InvalidConfig and UnsupportedModel for a checkpoint or sizes that do not work.
+    """
+    memories: list[PoolMemory] = []
+    runner = _build_runner(spec, memories)
+    compute = ComputeThread(runner)
+    kv = KVEndpoint(spec.worker, runner.layout, memories[0], _transfer_config(spec))
+    try:
+        address = await kv.start()
+        worker = _build_worker(spec, compute, kv, address)
+        yield AssembledWorker(
+            spec=spec, worker=worker, runner=runner, compute=compute, kv=kv, address=address
+        )
+    finally:
+        await kv.close()
+        compute.close()
+        memories[0].close()
+
+
+def _build_runner(spec: WorkerSpec, memories: list[PoolMemory]) -> Runner:
+    model = load_spec(spec.model.path)
+
+    def allocate(num_bytes: int) -> memoryview:
+        memories.append(PoolMemory(num_bytes))
+        return memories[-1].buffer
+
+    runner = build_runner(
+        spec.model.path,
+        sampler=Sampler(model.vocab_size, model.eos_token_ids),
+        dtype=spec.model.dtype,
+        device=spec.pool.device,
+        threads=spec.pool.threads or None,
+        block_size=spec.kv.block_size,
+        max_model_len=spec.model.max_model_len,
+        memory_bytes=spec.kv.memory,
+        allocate=allocate,
+    )
+    if (
+        not memories
+    ):  # a CUDA pool is the device's own; this one is never touched, so it costs nothing
+        memories.append(PoolMemory(runner.layout.num_bytes))
+    runner.warm_up()
+    return runner
+
+
+def _build_worker(
+    spec: WorkerSpec, compute: ComputeThread, kv: KVEndpoint, address: TransferAddress
+) -> PrefillWorker | DecodeWorker:
+    runner = compute.runner
+    allocator = BlockAllocator(runner.layout.num_blocks, runner.layout.block_size)
+    if spec.prefill is not None:
+        limits = PrefillLimits(
+            max_batch_tokens=spec.prefill.max_batch_tokens,
+            max_model_len=runner.max_model_len,
+            eos_token_ids=runner.spec.eos_token_ids,
+            ttft_ms=spec.slo.ttft_ms,
+        )
+        return PrefillWorker(
+            scheduler=PrefillScheduler(allocator, limits, OnlineStepTime()),
+            compute=compute,
+            kv=kv,
+            address=address,
+            transfer_mode=spec.transfer.mode,
+            clock=time.monotonic,
+        )
+    assert spec.decode is not None, "a worker has a role"
+    limits = DecodeLimits(
+        max_batch_size=spec.decode.max_batch_size,
+        max_batch_tokens=spec.decode.max_batch_tokens,
+        max_model_len=runner.max_model_len,
+        eos_token_ids=runner.spec.eos_token_ids,
+        ttft_ms=spec.slo.ttft_ms,
+        tpot_ms=spec.slo.tpot_ms,
+    )
+    return DecodeWorker(
+        scheduler=DecodeScheduler(allocator, limits, OnlineStepTime()),
+        compute=compute,
+        kv=kv,
+        orphan_s=spec.transfer.lease_s,
+        clock=time.monotonic,
+    )
+
+
+def _transfer_config(spec: WorkerSpec) -> TransferConfig:
+    return TransferConfig(
+        transport=spec.transfer.transport,
+        lease_s=spec.transfer.lease_s,
+        silence_s=spec.heartbeat_timeout_s,
+        host=spec.host,
+    )

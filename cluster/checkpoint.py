@@ -1,0 +1,94 @@
+"""A cluster file against the checkpoint that it names. Reads no weights, imports no torch."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+from ..configs.errors import InvalidConfig
+from ..configs.schema import ClusterConfig
+from ..engine.spec import ModelSpec, load_spec
+
+
+def resolve(config: ClusterConfig) -> ClusterConfig:
+    """The config with `model.max_model_len` filled in, checked against the checkpoint.
+
+    Raises InvalidConfig for a checkpoint that is missing or not supported, a length that the
+    model has no positions for, and a KV cache that cannot hold one sequence of full length.
+    """
+    path = config.model.path
+    _check_files(path)
+    spec = load_spec(path)
+    limit = position_limit(spec)
+    asked = config.model.max_model_len
+    if limit is not None and asked > limit:
+        raise InvalidConfig(
+            "model.max_model_len",
+            f"{asked}, while the checkpoint has positions for {limit} tokens",
+            f"set it to {limit} or less, or to 0 for all of them",
+        )
+    room = kv_tokens(config, spec)
+    if asked > room or room == 0:
+        raise InvalidConfig(
+            "kv.memory",
+            f"{config.kv.memory} bytes hold {room} tokens, less than one sequence of "
+            f"{asked or config.kv.block_size}",
+            f"give {_bytes_for(config, spec, asked or config.kv.block_size)} bytes or more, "
+            "or lower model.max_model_len",
+        )
+    resolved = asked or (room if limit is None else min(limit, room))
+    return replace(config, model=replace(config.model, max_model_len=resolved))
+
+
+def position_limit(spec: ModelSpec) -> int | None:
+    """Tokens that the checkpoint has positions for; None where its positions have no end.
+
+    Learned positions are a table. Rotary ones were trained up to a length, which a scaled
+    `rope_type` extends by its factor; the dynamic type rescales with every length.
+    """
+    rope = spec.rope
+    if rope is None or rope.type == "default":
+        return spec.max_positions
+    if rope.type == "dynamic":
+        return None
+    return max(spec.max_positions, int(rope.original_max_positions * rope.factor))
+
+
+def kv_tokens(config: ClusterConfig, spec: ModelSpec) -> int:
+    """Tokens that one worker's KV cache holds, in whole blocks."""
+    block_bytes = _token_bytes(config, spec) * config.kv.block_size
+    return config.kv.memory // block_bytes * config.kv.block_size
+
+
+def _bytes_for(config: ClusterConfig, spec: ModelSpec, num_tokens: int) -> int:
+    num_blocks = -(-num_tokens // config.kv.block_size)
+    return num_blocks * config.kv.block_size * _token_bytes(config, spec)
+
+
+def _token_bytes(config: ClusterConfig, spec: ModelSpec) -> int:
+    dtype = spec.dtype if config.model.dtype == "auto" else config.model.dtype
+    return spec.kv_bytes_per_token(dtype)
+
+
+def _check_files(path: Path) -> None:
+    if not path.is_dir():
+        raise InvalidConfig(
+            "model.path", f"{path} is no folder", "point it at a Hugging Face checkpoint"
+        )
+    index = path / "model.safetensors.index.json"
+    names = ["model.safetensors"]
+    if index.exists():
+        try:
+            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        except (OSError, ValueError, KeyError, AttributeError) as error:
+            raise InvalidConfig(
+                "model.path", f"{index} cannot be read ({error!r})", "copy the checkpoint again"
+            ) from error
+    missing = [name for name in ["config.json", *names] if not (path / name).exists()]
+    if missing:
+        raise InvalidConfig(
+            "model.path",
+            f"{path} lacks {', '.join(missing[:3])}",
+            "a checkpoint is config.json and safetensors, single or with an index",
+        )

@@ -1,0 +1,108 @@
+"""The `phasewise` command: one page that names the commands, one page for each."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol, cast
+
+from .. import __version__
+from ..engine.errors import InvalidConfig, InvalidRequest, PhasewiseError
+
+EXIT_OK, EXIT_RUNTIME, EXIT_INPUT = 0, 1, 2
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A command: the module beside this one that holds it, and one line about it."""
+
+    module: str
+    summary: str
+
+
+COMMANDS = {
+    "demo": Entry("demo", "launch a small cluster here, stream some prompts, show their timelines"),
+    "serve": Entry("serve", "launch a cluster file and stay until told to stop"),
+    "validate": Entry("validate", "check a cluster file and its checkpoint, start nothing"),
+    "generate": Entry("generate", "stream one completion from a running cluster"),
+    "status": Entry("status", "show a running cluster: its workers, blocks and requests"),
+}
+
+
+class Command(Protocol):
+    """What a command's module has. Its docstring is the text of its page."""
+
+    EXAMPLES: str
+
+    def add_arguments(self, parser: argparse.ArgumentParser) -> None: ...
+    def run(self, args: argparse.Namespace) -> int: ...
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns the exit code: 0, 1 for what failed at run time, 2 for bad input."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    if not words or words[0] not in COMMANDS:
+        parser = _front_page()
+        parser.parse_args(words or ["--help"])  # exits: help, version, or an unknown command
+    name = words[0]
+    os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")  # it would complain of Ray's forks
+    command = cast(Command, importlib.import_module(f".{COMMANDS[name].module}", __package__))
+    args = _page(name, command).parse_args(words[1:])
+    try:
+        return command.run(args)
+    except PhasewiseError as error:
+        print(f"phasewise {name}: {error}", file=sys.stderr)
+        return EXIT_INPUT if isinstance(error, InvalidConfig | InvalidRequest) else EXIT_RUNTIME
+    except BrokenPipeError:  # who read our output has gone, as `head` does
+        sys.stderr.close()
+        return EXIT_RUNTIME
+
+
+def add_config_arguments(parser: argparse.ArgumentParser) -> None:
+    """The cluster file and the values set over it."""
+    parser.add_argument("config", metavar="CONFIG", help="cluster file (YAML)")
+    parser.add_argument(
+        "--set",
+        metavar="KEY.PATH=VALUE",
+        action="append",
+        default=[],
+        dest="overrides",
+        help="set a key over the file, as in --set decode.replicas=2; may be repeated",
+    )
+
+
+def _front_page() -> argparse.ArgumentParser:
+    width = max(map(len, COMMANDS))
+    listing = "\n".join(f"  {name:<{width}}  {entry.summary}" for name, entry in COMMANDS.items())
+    parser = argparse.ArgumentParser(
+        prog="phasewise",
+        usage="phasewise COMMAND [arguments]",
+        description="Serve large language models with prefill and decode on separate pools.",
+        epilog=f"commands:\n{listing}\n\n"
+        "examples:\n"
+        "  phasewise demo\n"
+        "  phasewise serve configs/local.yaml\n"
+        '  phasewise generate "def main(" --address 127.0.0.1:50051\n\n'
+        "phasewise COMMAND --help tells all about one of them.\n"
+        "exit codes: 0 done, 1 failed while running, 2 input to be mended",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"phasewise {__version__}")
+    parser.add_argument("command", metavar="COMMAND", choices=COMMANDS, help="one of those below")
+    return parser
+
+
+def _page(name: str, command: Command) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog=f"phasewise {name}",
+        description=command.__doc__,
+        epilog=f"examples:\n{command.EXAMPLES}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    command.add_arguments(parser)
+    return parser

@@ -1,0 +1,161 @@
+"""The forward pass over a flat batch of tokens: embedding, layers, head. No sampling, no blocks.
+
+The order of operations is transformers', so that float32 greedy tokens agree.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..kernels.operators import Operators, Plan
+from ..kernels.rows import Rows
+from .cache import KVCache
+from .rope import RopeTable
+from .spec import ModelSpec
+from .weights import LayerWeights, Linear, ModelWeights, Norm
+
+LayerDone = Callable[[int], None]
+
+
+def _linear(x: Tensor, linear: Linear) -> Tensor:
+    return F.linear(x, linear.weight, linear.bias)
+
+
+class Model:
+    """Weights and operators of one device; `forward` fills the cache and returns logits."""
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        weights: ModelWeights,
+        operators: Operators,
+        max_model_len: int,
+        device: torch.device,
+    ) -> None:
+        self.spec = spec
+        self._weights = weights
+        self._operators = operators
+        self._device = device
+        self._scale = spec.head_dim**-0.5
+        self._rope = None
+        if spec.rope is not None:
+            self._rope = RopeTable(
+                spec.rope, spec.head_dim, spec.max_positions, max_model_len, device
+            )
+
+    def forward(
+        self,
+        token_ids: np.ndarray,  # int64 [tokens]
+        rows: Rows,
+        prompt_lengths: np.ndarray,  # int64 [rows]: the client's own prompts, for dynamic rope
+        last: np.ndarray,  # int64: tokens whose logits are wanted
+        cache: KVCache,
+        layer_done: LayerDone | None,
+    ) -> Tensor:  # float32 [len(last), vocab]
+        """Compute a step. `layer_done(i)` follows layer i's last write into its blocks."""
+        positions = torch.from_numpy(rows.positions).to(self._device)
+        cos_sin, angles = None, positions
+        if self._rope is not None:
+            cos_sin, angles = self._rope.angles(rows.positions, prompt_lengths[rows.row_of])
+        plan = self._operators.plan(rows, angles, self._device)
+        hidden = self._embed(torch.from_numpy(token_ids).to(self._device), positions)
+        wanted = torch.from_numpy(last).to(self._device)
+        decode = self._opt_layers if self.spec.is_opt else self._rotary_layers
+        hidden = decode(hidden, plan, cos_sin, wanted, cache, layer_done)
+        if self._weights.project_out is not None:
+            hidden = _linear(hidden, self._weights.project_out)
+        return F.linear(hidden, self._weights.head).float()
+
+    def _embed(self, token_ids: Tensor, positions: Tensor) -> Tensor:
+        weights = self._weights
+        hidden = F.embedding(token_ids, weights.embedding)
+        if weights.project_in is not None:
+            hidden = _linear(hidden, weights.project_in)
+        if weights.positions is not None:
+            hidden = hidden + F.embedding(positions + 2, weights.positions)  # OPT keeps 2 rows free
+        return hidden
+
+    def _attend(
+        self,
+        qkv: Tensor,
+        index: int,
+        plan: Plan,
+        cos_sin: Tensor | None,
+        cache: KVCache,
+        layer_done: LayerDone | None,
+        scale: float,
+    ) -> Tensor:
+        """Append the layer's KV, tell that it is there, attend."""
+        ops, kv, layer = self._operators, cache.layers[index], self._weights.layers[index]
+        ops.rope_append(qkv, kv, plan, cos_sin, layer.qk_norm, self.spec.norm_eps)  # type: ignore
+        if layer_done is not None:
+            layer_done(index)
+        return ops.attention(qkv, kv, plan, window=self.spec.windows[index], scale=scale)  # type: ignore
+
+    def _rotary_layers(
+        self,
+        residual: Tensor,
+        plan: Plan,
+        cos_sin: Tensor | None,
+        wanted: Tensor,
+        cache: KVCache,
+        layer_done: LayerDone | None,
+    ) -> Tensor:
+        """Llama, Mistral, Qwen: RMSNorm first, SiLU-gated MLP."""
+        ops = self._operators
+        delta = None
+        for index, layer in enumerate(self._weights.layers):
+            x = self._rms(residual, layer.attention_norm, delta)
+            qkv = _linear(x, layer.qkv)
+            attended = self._attend(qkv, index, plan, cos_sin, cache, layer_done, self._scale)
+            if index == len(self._weights.layers) - 1:  # only these go on to the head
+                attended, residual = attended[wanted], residual[wanted]
+            x = self._rms(residual, layer.mlp_norm, _linear(attended, layer.out))
+            delta = _linear(ops.silu_mul(_linear(x, layer.up)), layer.down)
+        assert self._weights.final_norm is not None
+        return self._rms(residual, self._weights.final_norm, delta)
+
+    def _rms(self, residual: Tensor, norm: Norm, delta: Tensor | None) -> Tensor:
+        """Norm of the residual, after `delta` was added to it in place."""
+        assert norm.weight is not None
+        if delta is None:
+            return self._operators.rms_norm(residual, norm.weight, self.spec.norm_eps)
+        return self._operators.rms_norm(delta, norm.weight, self.spec.norm_eps, residual)
+
+    def _layer_norm(self, x: Tensor, norm: Norm) -> Tensor:
+        return F.layer_norm(x, (x.shape[-1],), norm.weight, norm.bias, self.spec.norm_eps)
+
+    def _opt_layers(
+        self,
+        hidden: Tensor,
+        plan: Plan,
+        cos_sin: Tensor | None,
+        wanted: Tensor,
+        cache: KVCache,
+        layer_done: LayerDone | None,
+    ) -> Tensor:
+        """OPT: LayerNorm before (or, in 350m, after) each half, ReLU, learned positions."""
+        first = self.spec.norm_first
+        for index, layer in enumerate(self._weights.layers):
+            x = self._layer_norm(hidden, layer.attention_norm) if first else hidden
+            qkv = _linear(x, layer.qkv)
+            qkv[:, : self.spec.num_heads * self.spec.head_dim] *= self._scale  # q, as OPT does
+            attended = self._attend(qkv, index, plan, cos_sin, cache, layer_done, 1.0)
+            if index == len(self._weights.layers) - 1:
+                attended, hidden = attended[wanted], hidden[wanted]
+            hidden = hidden + _linear(attended, layer.out)
+            hidden = hidden if first else self._layer_norm(hidden, layer.attention_norm)
+            hidden = self._opt_mlp(hidden, layer)
+        norm = self._weights.final_norm
+        return hidden if norm is None else self._layer_norm(hidden, norm)
+
+    def _opt_mlp(self, hidden: Tensor, layer: LayerWeights) -> Tensor:
+        first = self.spec.norm_first
+        x = self._layer_norm(hidden, layer.mlp_norm) if first else hidden
+        hidden = hidden + _linear(F.relu(_linear(x, layer.up)), layer.down)
+        return hidden if first else self._layer_norm(hidden, layer.mlp_norm)

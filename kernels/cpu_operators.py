@@ -1,0 +1,195 @@
+"""A model's steps on CPU by Numba: single pass per step, KV blocks read where they lie.
+
+Chunks of `GATHER_FROM` tokens or more gather their context once and take torch's SDPA, whose
+tiled products win there (measured: see `benchmarks`); all other tokens never copy the context.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from . import reference
+from .openmp import check_threads, float_bits
+from .paged_decode import decode_body, scratch_floats
+from .rowwise import rms_norm_body, rope_append_body, silu_mul_body
+from .rows import Rows
+
+GATHER_FROM = 32  # tokens a row
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CpuPlan:
+    """One step's tokens, split into those attended in place and long chunks."""
+
+    rows: Rows
+    angles: Tensor  # int64 [tokens]: row of the cos/sin table
+    tokens: np.ndarray  # int64: tokens attended in place
+    token_rows: np.ndarray  # int64: their rows
+    contexts: np.ndarray  # int64: positions each sees
+    chunks: list[tuple[int, int, int, Tensor]]  # (first token, count, start, block table)
+
+
+class CpuOperators:
+    """Numba bodies for one dtype and block shape, on `threads` of torch's OpenMP threads."""
+
+    def __init__(self, dtype: torch.dtype, head_dim: int, block_size: int, threads: int) -> None:
+        check_threads(threads)
+        wide = dtype == torch.float32
+        self.threads = threads
+        self._dim = head_dim
+        self._block_size = block_size
+        self._norm = rms_norm_body(wide)
+        self._silu_mul = silu_mul_body(wide)
+        self._rope_append = rope_append_body(head_dim, wide)
+        self._decode = decode_body(head_dim, block_size, wide)
+        self._scratch = np.empty(0, np.float32)
+
+    def _scratch_at(self, floats: int) -> int:
+        """Address of scratch for so many floats a thread; grows, and is kept."""
+        if len(self._scratch) < floats * self.threads:
+            self._scratch = np.empty(2 * floats * self.threads, np.float32)
+        return self._scratch.ctypes.data
+
+    def plan(self, rows: Rows, angles: Tensor, device: torch.device) -> CpuPlan:
+        """Split the step's tokens; once a step, used by every layer."""
+        long_rows = np.flatnonzero(rows.counts >= GATHER_FROM)
+        tokens, token_rows = np.arange(rows.num_tokens), rows.row_of
+        if len(long_rows):
+            tokens = np.flatnonzero((rows.counts < GATHER_FROM)[rows.row_of])
+            token_rows = rows.row_of[tokens]
+        chunks = [
+            (
+                int(rows.firsts[row]),
+                int(rows.counts[row]),
+                int(rows.starts[row]),
+                torch.from_numpy(rows.tables[row].astype(np.int64)),
+            )
+            for row in long_rows
+        ]
+        return CpuPlan(
+            rows=rows,
+            angles=angles,
+            tokens=tokens,
+            token_rows=token_rows,
+            contexts=rows.positions[tokens] + 1,
+            chunks=chunks,
+        )
+
+    def rms_norm(
+        self, x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None
+    ) -> Tensor:
+        """RMSNorm of x, or of the residual after x was added to it in place."""
+        num_rows, dim = x.shape
+        out = torch.empty_like(x)
+        self._norm.run(
+            self.threads,
+            num_rows,
+            dim,
+            float_bits(eps),
+            x.data_ptr(),
+            0 if residual is None else residual.data_ptr(),
+            weight.data_ptr(),
+            out.data_ptr(),
+            self._scratch_at(2 * dim),
+        )
+        return out
+
+    def silu_mul(self, gate_up: Tensor) -> Tensor:
+        """silu(gate) * up for rows of [gate, up]."""
+        num_rows, dim = gate_up.shape[0], gate_up.shape[1] // 2
+        out = torch.empty((num_rows, dim), dtype=gate_up.dtype)
+        self._silu_mul.run(
+            self.threads,
+            num_rows,
+            dim,
+            gate_up.data_ptr(),
+            out.data_ptr(),
+            self._scratch_at(4 * dim),
+        )
+        return out
+
+    def rope_append(
+        self,
+        qkv: Tensor,  # [tokens, (heads + 2 kv_heads) * dim]
+        kv: Tensor,  # [blocks, 2, kv_heads, block_size, dim]
+        plan: CpuPlan,
+        cos_sin: Tensor | None,  # float32 [angles, dim]; None: positions were added before
+        norms: tuple[Tensor, Tensor] | None,  # weights of q and k norm
+        eps: float,
+    ) -> None:
+        """Normalise and rotate q in `qkv`; write rotated k and v into their blocks."""
+        kv_heads = kv.shape[2]
+        self._rope_append.run(
+            self.threads,
+            len(qkv),
+            qkv.shape[1] // self._dim - 2 * kv_heads,
+            kv_heads,
+            self._block_size,
+            float_bits(eps),
+            0 if norms is None else norms[0].data_ptr(),
+            0 if norms is None else norms[1].data_ptr(),
+            qkv.data_ptr(),
+            kv.data_ptr(),
+            plan.rows.slots.ctypes.data,
+            plan.angles.data_ptr(),
+            0 if cos_sin is None else cos_sin.data_ptr(),
+            self._scratch_at(2 * self._dim),
+        )
+
+    def attention(
+        self, qkv: Tensor, kv: Tensor, plan: CpuPlan, *, window: int, scale: float
+    ) -> Tensor:  # [tokens, heads * dim]
+        """Causal attention of every row over its blocks; `window` 0: the whole context."""
+        num_heads = qkv.shape[1] // self._dim - 2 * kv.shape[2]
+        out = torch.empty((len(qkv), num_heads * self._dim), dtype=qkv.dtype)
+        if len(plan.tokens):
+            self._attend_in_place(qkv, kv, plan, out, window, scale)
+        for first, count, start, table in plan.chunks:
+            q = qkv[first : first + count].view(count, -1, self._dim)[:, :num_heads]
+            attended = reference.attend(q, kv, table, start, window=window, scale=scale)
+            out[first : first + count] = attended.view(count, -1)
+        return out
+
+    def _attend_in_place(
+        self, qkv: Tensor, kv: Tensor, plan: CpuPlan, out: Tensor, window: int, scale: float
+    ) -> None:
+        kv_heads = kv.shape[2]
+        num_heads = out.shape[1] // self._dim
+        longest = plan.rows.tables.shape[1] * self._block_size
+        bounds = self._bounds(plan.contexts, kv_heads, window)
+        self._decode.run(
+            self.threads,
+            num_heads,
+            kv_heads,
+            len(plan.tokens),
+            window,
+            longest,
+            qkv.stride(0),
+            out.stride(0),
+            plan.rows.tables.shape[1],
+            float_bits(scale),
+            qkv.data_ptr(),
+            kv.data_ptr(),
+            out.data_ptr(),
+            plan.tokens.ctypes.data,
+            plan.token_rows.ctypes.data,
+            plan.contexts.ctypes.data,
+            bounds.ctypes.data,
+            self._scratch_at(scratch_floats(num_heads // kv_heads, self._dim, longest)),
+            plan.rows.tables.ctypes.data,
+        )
+
+    def _bounds(self, contexts: np.ndarray, kv_heads: int, window: int) -> np.ndarray:
+        """Task numbers at which each thread begins, so that all read about equally much."""
+        total = len(contexts) * kv_heads
+        if self.threads == 1:
+            return np.array([0, total])
+        reads = np.minimum(contexts, window) if window else contexts
+        done = np.cumsum(reads)
+        shares = done[-1] * np.arange(1, self.threads) / self.threads
+        cuts = np.searchsorted(done, shares) * kv_heads
+        return np.concatenate(([0], cuts, [total]))

@@ -1,0 +1,236 @@
+"""Attention of one query token a row over its KV blocks, split along the context.
+
+A program takes all query heads of one KV head (padded to the 16 rows a tensor-core product needs),
+so that K and V are read once, and one split of the row's context; a second kernel joins the splits
+(flash-decoding: Dao et al. 2023, "Flash-Decoding for long-context inference"). Splits are cut on
+the device from `lengths`: the grid depends on the batch's shape alone, as a CUDA graph requires.
+
+The readable version is `reference.attend_rows`.
+"""
+
+# ruff: noqa: ANN001
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .softmax import accumulate, capped_scores
+
+NO_WINDOW = 2**31 - 1
+_CHUNK = tl.constexpr(16)  # splits that the join reads at a time
+
+
+@triton.jit
+def decode_kernel(
+    out,  # [rows, heads, dim], or float32 [rows, heads, splits, dim] where SPLIT
+    log_sums,  # float32 [rows, heads, splits], log2 of the softmax sums
+    q,
+    kv,
+    scales,  # float32 [blocks, 2, kv_heads] where FP8
+    tables,
+    lengths,
+    q_stride,
+    table_stride,
+    scale,
+    window,
+    num_splits,
+    HEADS: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    GROUP_PAD: tl.constexpr,
+    DIM: tl.constexpr,
+    DIM_PAD: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    TILE: tl.constexpr,
+    SOFT_CAP: tl.constexpr,
+    FP8: tl.constexpr,
+    SPLIT: tl.constexpr,
+    WIDE: tl.constexpr,  # products in float32: Triton's interpreter is wrong in bfloat16
+) -> None:
+    row = tl.program_id(2).to(tl.int64)
+    kv_head = tl.program_id(0)
+    split = tl.program_id(1)
+    GROUP: tl.constexpr = HEADS // KV_HEADS
+    member = tl.arange(0, GROUP_PAD)
+    dims = tl.arange(0, DIM_PAD)
+    head = kv_head * GROUP + member
+    cells = (member < GROUP)[:, None] & (dims < DIM)[None, :]
+    query = tl.load(q + row * q_stride + head[:, None] * DIM + dims[None, :], mask=cells, other=0.0)
+    if WIDE:
+        query = query.to(tl.float32)
+
+    length = tl.load(lengths + row)
+    first = tl.maximum(length - window, 0)
+    first_tile = first // TILE
+    num_tiles = tl.cdiv(length, TILE) - first_tile
+    per_split = tl.cdiv(num_tiles, num_splits)
+    low = first_tile + split * per_split
+    high = tl.minimum(low + per_split, first_tile + num_tiles)
+
+    maxima = tl.full([GROUP_PAD], float("-inf"), tl.float32)
+    sums = tl.zeros([GROUP_PAD], tl.float32)
+    acc = tl.zeros([GROUP_PAD, DIM_PAD], tl.float32)
+    SIDE: tl.constexpr = KV_HEADS * BLOCK_SIZE * DIM
+    table = tables + row * table_stride
+    position = low * TILE + tl.arange(0, TILE)
+    seen = (position < length) & (position >= first)
+    coming = tl.load(table + position // BLOCK_SIZE, mask=seen, other=0)
+    for tile in range(low, high):
+        # The next tile's blocks are looked up a tile ahead, so that K and V wait for no table.
+        block = coming.to(tl.int64)
+        position = tile * TILE + tl.arange(0, TILE)
+        seen = (position < length) & (position >= first)
+        ahead = position + TILE
+        coming = tl.load(table + ahead // BLOCK_SIZE, mask=ahead < length, other=0)
+        line = block * (2 * SIDE) + kv_head * (BLOCK_SIZE * DIM) + position % BLOCK_SIZE * DIM
+        at = line[:, None] + dims[None, :]
+        there = seen[:, None] & (dims < DIM)[None, :]
+        k = tl.load(kv + at, mask=there, other=0.0).to(query.dtype)
+        v = tl.load(kv + SIDE + at, mask=there, other=0.0).to(query.dtype)
+        k_scales = 1.0
+        v_scales = 1.0
+        if FP8:
+            side = scales + block * (2 * KV_HEADS) + kv_head
+            k_scales = tl.load(side, mask=seen, other=0.0)
+            v_scales = tl.load(side + KV_HEADS, mask=seen, other=0.0)
+        scores = capped_scores(query, k, k_scales, scale, SOFT_CAP, FP8)
+        scores = tl.where(seen[None, :], scores, float("-inf"))
+        maxima, sums, acc = accumulate(scores, v, v_scales, maxima, sums, acc, FP8)
+
+    acc = acc / tl.where(sums > 0, sums, 1.0)[:, None]
+    line = row * HEADS + head
+    if SPLIT:
+        line = line * num_splits + split
+        tl.store(log_sums + line, maxima + tl.log2(sums), mask=member < GROUP)
+    tl.store(out + line[:, None] * DIM + dims[None, :], acc.to(out.dtype.element_ty), mask=cells)
+
+
+@triton.jit
+def join_kernel(
+    out,  # [rows, heads, dim]
+    parts,  # float32 [rows, heads, splits, dim]
+    log_sums,  # float32 [rows, heads, splits]
+    num_splits,
+    DIM: tl.constexpr,
+    DIM_PAD: tl.constexpr,
+    MAX_SPLITS: tl.constexpr,  # a power of two, at least 16
+) -> None:
+    line = tl.program_id(0).to(tl.int64)  # row and head
+    dims = tl.arange(0, DIM_PAD)
+    splits = tl.arange(0, MAX_SPLITS)
+    here = log_sums + line * num_splits
+    largest = tl.max(tl.load(here + splits, mask=splits < num_splits, other=float("-inf")), 0)
+    largest = tl.where(largest == float("-inf"), 0.0, largest)
+    total = 0.0
+    acc = tl.zeros([DIM_PAD], tl.float32)
+    for start in range(0, num_splits, _CHUNK):
+        split = start + tl.arange(0, _CHUNK)
+        known = split < num_splits
+        weights = tl.exp2(tl.load(here + split, mask=known, other=float("-inf")) - largest)
+        at = (line * num_splits + split)[:, None] * DIM + dims[None, :]
+        part = tl.load(parts + at, mask=known[:, None] & (dims < DIM)[None, :], other=0.0)
+        total += tl.sum(weights, 0)
+        acc += tl.sum(part * weights[:, None], 0)
+    acc = acc / tl.where(total > 0, total, 1.0)
+    tl.store(out + line * DIM + dims, acc.to(out.dtype.element_ty), mask=dims < DIM)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DecodeTiling:
+    """How the work is cut. `tile`: context positions a program reads at a time."""
+
+    tile: int
+    num_warps: int
+    num_stages: int
+
+    @classmethod
+    def of(cls, head_dim: int) -> DecodeTiling:
+        """About 16 KiB of K and of V in flight a program, four warps, whatever the head size."""
+        return cls(tile=64 if head_dim <= 128 else 32, num_warps=4, num_stages=3)
+
+
+def splits_for(num_rows: int, kv_heads: int, max_length: int, multiprocessors: int) -> int:
+    """Splits that give every multiprocessor two programs, none shorter than 256 positions.
+
+    `max_length` is the longest context the launch must serve (of the graph's bucket, not read
+    from the device). At most 64.
+    """
+    wanted = -(-2 * multiprocessors // max(1, num_rows * kv_heads))
+    return max(1, min(wanted, -(-max_length // 256), 64))
+
+
+def decode_attention(
+    q: Tensor,
+    kv: Tensor,
+    tables: Tensor,
+    lengths: Tensor,
+    *,
+    scale: float,
+    window: int = 0,
+    soft_cap: float = 0.0,
+    scales: Tensor | None = None,
+    num_splits: int = 1,
+    tiling: DecodeTiling | None = None,
+) -> Tensor:
+    """Attention of q [rows, heads, dim] (rows may be strided) over a layer's blocks.
+
+    `kv` [blocks, 2, kv_heads, block_size, dim]; `tables` int32 [rows, max_blocks], of which only
+    the entries that cover visible positions are read; `lengths` int32 [rows] counts the query's
+    own token, already appended; a row of length 0 gives zeros. `window` 0: the whole context.
+    `scales` float32 [blocks, 2, kv_heads] goes with a float8_e4m3fn `kv`. Nothing waits.
+    """
+    rows, heads, dim = q.shape
+    assert q.stride(2) == 1 and q.stride(1) == dim and kv.is_contiguous(), "heads lie side by side"
+    _, _, kv_heads, block_size, _ = kv.shape
+    tiling = tiling or DecodeTiling.of(dim)
+    split = num_splits > 1
+    out = torch.empty((rows, heads, dim), dtype=q.dtype, device=q.device)
+    parts, log_sums = out, lengths
+    if split:
+        parts = out.new_empty((rows, heads, num_splits, dim), dtype=torch.float32)
+        log_sums = out.new_empty((rows, heads, num_splits), dtype=torch.float32)
+    dim_pad = triton.next_power_of_2(dim)
+    if rows == 0:
+        return out
+    decode_kernel[(kv_heads, num_splits, rows)](
+        parts,
+        log_sums,
+        q,
+        kv,
+        kv if scales is None else scales,
+        tables,
+        lengths,
+        q.stride(0),
+        tables.stride(0),
+        scale,
+        window or NO_WINDOW,
+        num_splits,
+        HEADS=heads,
+        KV_HEADS=kv_heads,
+        GROUP_PAD=max(16, triton.next_power_of_2(heads // kv_heads)),
+        DIM=dim,
+        DIM_PAD=dim_pad,
+        BLOCK_SIZE=block_size,
+        TILE=tiling.tile,
+        SOFT_CAP=soft_cap,
+        FP8=scales is not None,
+        SPLIT=split,
+        WIDE=q.device.type == "cpu" and q.dtype == torch.bfloat16,
+        num_warps=tiling.num_warps,
+        num_stages=tiling.num_stages,
+    )
+    if split:
+        join_kernel[(rows * heads,)](
+            out,
+            parts,
+            log_sums,
+            num_splits,
+            DIM=dim,
+            DIM_PAD=dim_pad,
+            MAX_SPLITS=max(16, triton.next_power_of_2(num_splits)),
+            num_warps=4,
+        )
+    return out

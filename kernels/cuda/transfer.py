@@ -1,0 +1,166 @@
+"""Blocks between pools and buffers, and into the pool of another process.
+
+One kernel. A *side* of a place is (base address, bytes from layer to layer, from block to block):
+a pool, or a dense buffer, whose blocks are its numbers in order. Addresses are plain integers, so
+that a peer's pool, mapped through CUDA IPC (or shared memory, in a test), needs no tensor around
+it. A block is moved in pieces of neighbouring bytes: the whole block, or, for a range of heads,
+one piece for keys and one for values. 16 bytes a thread and access; nothing waits.
+
+The readable version is `reference.copy_blocks`.
+"""
+
+# ruff: noqa: ANN001
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+_TILE = 2048  # words of 8 bytes a program moves: four accesses of 16 bytes a thread in flight
+
+
+@triton.jit
+def copy_kernel(
+    source,
+    target,
+    source_blocks,
+    target_blocks,
+    source_layer,
+    target_layer,
+    source_block,
+    target_block,
+    source_piece,
+    target_piece,
+    words,
+    pieces,
+    WORD: tl.constexpr,  # bytes
+    SOURCE_DENSE: tl.constexpr,
+    TARGET_DENSE: tl.constexpr,
+    TILE: tl.constexpr,
+) -> None:
+    number = tl.program_id(1)
+    layer = tl.program_id(2).to(tl.int64)
+    index = number // pieces
+    piece = (number % pieces).to(tl.int64)
+    origin = index.to(tl.int64)
+    if not SOURCE_DENSE:
+        origin = tl.load(source_blocks + index).to(tl.int64)
+    goal = index.to(tl.int64)
+    if not TARGET_DENSE:
+        goal = tl.load(target_blocks + index).to(tl.int64)
+    if WORD == 8:
+        read = source.to(tl.pointer_type(tl.int64))
+        write = target.to(tl.pointer_type(tl.int64))
+    else:
+        read = source.to(tl.pointer_type(tl.int32))
+        write = target.to(tl.pointer_type(tl.int32))
+    read += layer * source_layer + origin * source_block + piece * source_piece
+    write += layer * target_layer + goal * target_block + piece * target_piece
+    place = tl.program_id(0) * TILE + tl.arange(0, TILE)
+    kept = place < words
+    tl.store(write + place, tl.load(read + place, mask=kept), mask=kept)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Place:
+    """Where blocks lie. All in bytes, multiples of 4 (of 16 for full speed)."""
+
+    address: int  # of the first layer's block 0 (and first head of the range)
+    layer_stride: int
+    block_stride: int
+    piece_stride: int = 0  # from keys to values, where they move as two pieces
+    blocks: Tensor | None = None  # int32 or int64 on the device; None: 0, 1, 2, ...
+
+
+def pool_place(pool: Tensor, blocks: Tensor | None, *, first_layer: int = 0) -> Place:
+    """Whole blocks of a contiguous `pool` [layers, blocks, ...]."""
+    assert pool.is_contiguous()
+    layer, block = pool.stride(0) * pool.itemsize, pool.stride(1) * pool.itemsize
+    return Place(
+        address=pool.data_ptr() + first_layer * layer,
+        layer_stride=layer,
+        block_stride=block,
+        blocks=blocks,
+    )
+
+
+def head_place(
+    pool: Tensor, blocks: Tensor | None, *, first_layer: int = 0, first_head: int = 0
+) -> Place:
+    """Keys and values of a range of heads, of `pool` [layers, blocks, 2, kv_heads, size, dim]."""
+    whole = pool_place(pool, blocks, first_layer=first_layer)
+    return Place(
+        address=whole.address + first_head * pool.stride(3) * pool.itemsize,
+        layer_stride=whole.layer_stride,
+        block_stride=whole.block_stride,
+        piece_stride=pool.stride(2) * pool.itemsize,
+        blocks=blocks,
+    )
+
+
+def copy_blocks(
+    source: Place,
+    target: Place,
+    *,
+    num_layers: int,
+    num_blocks: int,
+    piece_bytes: int,
+    pieces: int = 1,
+) -> None:
+    """Copy `pieces` of `piece_bytes` of each block and layer. Both places on the current device.
+
+    The target's blocks must differ from one another, and from what is read. Grid: parts of a
+    piece, blocks x pieces, layers.
+    """
+    sizes = (source, target)
+    strides = [n for p in sizes for n in (p.address, p.layer_stride, p.block_stride)]
+    strides += [piece_bytes, source.piece_stride, target.piece_stride]
+    word = 8 if all(n % 8 == 0 for n in strides) else 4
+    assert all(n % word == 0 for n in strides), "blocks are whole 4-byte words"
+    if num_layers == 0 or num_blocks == 0:
+        return
+    words = piece_bytes // word
+    tile = min(_TILE, triton.next_power_of_2(words))
+    copy_kernel[(triton.cdiv(words, tile), num_blocks * pieces, num_layers)](
+        source.address,
+        target.address,
+        source.blocks,
+        target.blocks,
+        source.layer_stride // word,
+        target.layer_stride // word,
+        source.block_stride // word,
+        target.block_stride // word,
+        source.piece_stride // word,
+        target.piece_stride // word,
+        words,
+        pieces,
+        WORD=word,
+        SOURCE_DENSE=source.blocks is None,
+        TARGET_DENSE=target.blocks is None,
+        TILE=tile,
+        num_warps=8 if tile == _TILE else 4,
+    )
+
+
+def gather_blocks(pool: Tensor, blocks: Tensor, buffer: Tensor, *, first_layer: int = 0) -> None:
+    """buffer[l, i] = pool[first_layer + l, blocks[i]], for a dense `buffer` [layers, n, ...]."""
+    copy_blocks(
+        pool_place(pool, blocks, first_layer=first_layer),
+        pool_place(buffer, None),
+        num_layers=buffer.shape[0],
+        num_blocks=blocks.shape[0],
+        piece_bytes=pool.stride(1) * pool.itemsize,
+    )
+
+
+def scatter_blocks(buffer: Tensor, pool: Tensor, blocks: Tensor, *, first_layer: int = 0) -> None:
+    """pool[first_layer + l, blocks[i]] = buffer[l, i], for a dense `buffer` [layers, n, ...]."""
+    copy_blocks(
+        pool_place(buffer, None),
+        pool_place(pool, blocks, first_layer=first_layer),
+        num_layers=buffer.shape[0],
+        num_blocks=blocks.shape[0],
+        piece_bytes=pool.stride(1) * pool.itemsize,
+    )

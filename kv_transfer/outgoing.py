@@ -1,0 +1,116 @@
+"""From a lease's blocks to work for its pair: by layers through the copier, or whole."""
+
+from __future__ import annotations
+
+import time
+from functools import partial
+
+from ..engine.layout import KVLayout
+from .copier import Finish, Push
+from .digest import block_checksum
+from .events import TransferConfig
+from .layer_clock import LayerClock, finished_clock
+from .lease_sender import SenderTable, Sending
+from .memory import PoolMemory
+from .pair import Life, Pair
+from .switchboard import Switchboard
+
+
+class Outgoing:
+    """What the endpoint sends. KV up to `small_bytes` goes whole at its commit, written on the
+    loop: two thread switches cost more than its copy. The rest goes layer by layer."""
+
+    def __init__(
+        self,
+        layout: KVLayout,
+        memory: PoolMemory,
+        config: TransferConfig,
+        table: SenderTable,
+        board: Switchboard,
+    ) -> None:
+        self._layout, self._memory = layout, memory
+        self._senders, self._board = table, board
+        self._small_bytes, self._checksum = config.small_bytes, config.checksum
+        self._clocks: dict[int, list[LayerClock]] = {}  # of leases being pushed
+
+    def push(self, entry: Sending, first: int, count: int, ready: LayerClock) -> None:
+        self._clocks.setdefault(entry.lease, []).append(ready)
+        if not self._is_small(entry):
+            self._submit(entry, first, count, ready)
+
+    def commit(self, entry: Sending) -> None:
+        if self._is_small(entry):
+            clocks = self._clocks.get(entry.lease)
+            last = clocks[-1] if clocks else finished_clock(self._layout.num_layers)
+            self._submit(entry, 0, len(entry.source), last)
+        self._finish(entry)
+
+    def has_failed(self, lease: int) -> bool:
+        """Whether a step that computed some of it broke."""
+        return any(clock.failed for clock in self._clocks.get(lease, ()))
+
+    def forget(self, lease: int) -> None:
+        """The lease ended."""
+        self._clocks.pop(lease, None)
+
+    def _is_small(self, entry: Sending) -> bool:
+        size = entry.num_blocks * self._layout.num_layers * self._layout.block_bytes
+        return size <= self._small_bytes
+
+    def _submit(self, entry: Sending, first: int, count: int, clock: LayerClock) -> None:
+        """Have blocks written: at once if they are few and computed, else by the copier."""
+        pair = self._pair_of(entry)
+        if pair is None:
+            return
+        last = first + count
+        push = Push(
+            lease=entry.lease,
+            generation=entry.generation,
+            first=first,
+            source=tuple(entry.source[first:last]),
+            target=entry.target[first:last],
+            clock=clock,
+        )
+        num_layers = self._layout.num_layers
+        entry.num_bytes += count * num_layers * self._layout.block_bytes
+        computed = clock.done >= num_layers
+        if not (self._is_small(entry) and computed and pair.copier.idle):
+            pair.copier.submit(push)
+            return
+        try:
+            pair.writer.write_now(push, range(num_layers))
+        except OSError as error:
+            self._board.fault(pair, f"cannot write: {error}")
+
+    def _finish(self, entry: Sending) -> None:
+        """Have the receiver told, once everything is written."""
+        pair = self._pair_of(entry)
+        if pair is None:
+            return
+        wanted = self._checksum or pair.hello.checksum
+        if pair.copier.idle and not pair.writer.pending and not wanted:
+            self.finished(pair, entry.lease, None)
+            return
+        checksum = partial(block_checksum, self._memory, self._layout) if wanted else None
+        pair.copier.submit(Finish(entry.lease, tuple(entry.source), checksum))
+
+    def finished(self, pair: Pair, lease: int, checksum: int | None) -> None:
+        entry = self._senders.get(lease)
+        if entry is None:
+            return
+        clocks = self._clocks.get(lease)
+        entry.computed_s = clocks[-1].finished_s if clocks else entry.begun_s
+        message = self._senders.sent(lease, checksum, time.monotonic())
+        if message is not None:
+            self._board.send(pair, message)
+
+    def send_parked(self, lease: int) -> None:
+        entry = self._senders.get(lease)
+        assert entry is not None, "a lease starts when it is granted"
+        self._submit(entry, 0, entry.num_blocks, finished_clock(self._layout.num_layers))
+        self._finish(entry)
+
+    def _pair_of(self, entry: Sending) -> Pair | None:
+        """The open pair of a lease; a dying one ends its leases by itself."""
+        pair = self._board.pairs.get(entry.pair) if entry.pair is not None else None
+        return pair if pair is not None and pair.life is Life.OPEN else None

@@ -1,0 +1,493 @@
+"""The state machine over real links to fake peers: routes, faults, and exactly one end."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+
+import pytest
+from phasewise.cluster.admission import Admitted
+from phasewise.cluster.output import Output
+from phasewise.cluster.policies import LeastOutstandingTokens, RoundRobin, WorkerView
+from phasewise.cluster.proto import worker_pb2 as pb
+from phasewise.engine.errors import (
+    Cancelled,
+    DeadlineExceeded,
+    InvalidRequest,
+    Overloaded,
+    PhasewiseError,
+    Unavailable,
+)
+from phasewise.engine.request import SamplingParams
+from phasewise.tests.cluster.fake_worker import FakeWorker, expected
+
+PROMPT = [5, 6, 7]
+
+
+def admitted(name: str = "r", prompt: list[int] = PROMPT, **given) -> Admitted:
+    sampling = {"max_tokens": 8, "temperature": 0.0, **given.pop("sampling", {})}
+    return Admitted(
+        id=name,
+        token_ids=tuple(prompt),
+        sampling=SamplingParams(**sampling),
+        n=given.pop("n", 1),
+        arrival_s=asyncio.get_running_loop().time(),
+        **given,
+    )
+
+
+async def outputs(gateway, request: Admitted) -> list[Output]:
+    return [o async for o in gateway.router.start(request).outputs()]
+
+
+def tokens(pieces: list[Output], index: int = 0) -> list[int]:
+    return [i for piece in pieces if piece.index == index for i in piece.token_ids]
+
+
+async def settled(gateway, workers: list[FakeWorker]) -> None:
+    """Until no worker holds a row and no slot or request is open."""
+    async with asyncio.timeout(5):
+        while (
+            gateway.router.in_flight
+            or any(w.link.num_slots for w in gateway.fleet.workers if w.link)
+            or any(w.rows for w in workers)
+        ):
+            await asyncio.sleep(0.005)
+
+
+def test_request_goes_through_prefill_and_decode_and_tells_where(run, serving):
+    async def scenario():
+        async with serving() as (gateway, prefills, decodes):
+            pieces = await outputs(gateway, admitted())
+            assert tokens(pieces) == expected(PROMPT, 8)
+            last = pieces[-1]
+            assert last.finish_reason == "length"
+            assert last.usage.prompt_tokens == 3 and last.usage.completion_tokens == 8
+            assert [w.split("#")[0] for w in last.timings.workers] == ["prefill-0", "decode-0"]
+            assert not last.timings.local_prefill and last.timings.failovers == 0
+            assert last.timings.transfer_ms == pytest.approx(3.0)
+            assert prefills[0].submits[0].decode.worker.name == "decode-0"
+            assert decodes[0].resumes[0].first_token == expected(PROMPT, 1)[0]
+            assert decodes[0].resumes[0].granted
+            assert [p.finish_reason for p in pieces[:-1]] == [None] * (len(pieces) - 1)
+            await settled(gateway, prefills + decodes)
+
+    run(scenario())
+
+
+def test_one_token_request_ends_at_the_handoff_and_decode_is_let_go(run, serving):
+    async def scenario():
+        async with serving() as (gateway, prefills, decodes):
+            pieces = await outputs(gateway, admitted(sampling={"max_tokens": 1}))
+            assert tokens(pieces) == expected(PROMPT, 1)
+            assert pieces[-1].finish_reason == "length"
+            await settled(gateway, prefills + decodes)
+
+    run(scenario())
+
+
+def test_without_a_prefill_pool_decode_computes_the_prompt(run, serving):
+    async def scenario():
+        async with serving(prefill=0, local_prefill="always") as (gateway, _, decodes):
+            pieces = await outputs(gateway, admitted())
+            assert tokens(pieces) == expected(PROMPT, 8)
+            assert pieces[-1].timings.local_prefill
+            assert not decodes[0].resumes
+
+    run(scenario())
+
+
+def test_short_prompts_skip_the_hop_where_configured(run, serving):
+    async def scenario():
+        async with serving(local_prefill_tokens=3) as (gateway, prefills, decodes):
+            await outputs(gateway, admitted("short"))
+            assert len(prefills[0].submits) == 0 and len(decodes[0].submits) == 1
+            await outputs(gateway, admitted("long", prompt=[1, 2, 3, 4]))
+            assert len(prefills[0].submits) == 1 and len(decodes[0].submits) == 1
+            assert gateway.metrics.local_prefills == 1
+
+    run(scenario())
+
+
+def test_handoff_without_a_grant_goes_to_a_decode_worker_that_is_there(run, serving):
+    async def scenario():
+        async with serving(decode=2) as (gateway, prefills, decodes):
+            prefills[0].granted = False
+            prefills[0].stalled = True
+            pending = asyncio.create_task(outputs(gateway, admitted()))
+            while not prefills[0].submits:
+                await asyncio.sleep(0.002)
+            planned = prefills[0].submits[0].decode.worker.name
+            await next(w for w in decodes if w.ref.name == planned).stop()
+            prefills[0].stalled = False
+            pieces = await pending
+            assert tokens(pieces) == expected(PROMPT, 8)
+            other = next(w for w in decodes if w.ref.name != planned)
+            assert len(other.resumes) == 1 and not other.resumes[0].granted
+
+    run(scenario())
+
+
+@pytest.mark.parametrize("role", ["prefill", "decode"])
+def test_stream_goes_on_unbroken_when_a_worker_dies(run, serving, role):
+    async def scenario():
+        async with serving(prefill=2, decode=2) as (gateway, prefills, decodes):
+            victims = prefills if role == "prefill" else decodes
+            pending = [
+                asyncio.create_task(
+                    outputs(gateway, admitted(f"r{i}", [i, 2], sampling={"max_tokens": 60}))
+                )
+                for i in range(8)
+            ]
+            if role == "prefill":
+                victims[0].stalled = True
+            while not (victims[0].resumes or victims[0].submits):
+                await asyncio.sleep(0.002)
+            await asyncio.sleep(0.02)
+            await victims[0].stop()
+            for i, pieces in enumerate(await asyncio.gather(*pending)):
+                assert tokens(pieces) == expected([i, 2], 60)
+                assert pieces[-1].finish_reason == "length"
+            assert gateway.metrics.failovers >= 1
+            survivors = [w for w in prefills + decodes if w is not victims[0]]
+            await settled(gateway, survivors)
+
+    run(scenario())
+
+
+def test_continued_request_keeps_its_prompt_length_and_gets_a_new_name(run, serving):
+    async def scenario():
+        async with serving(decode=2) as (gateway, prefills, decodes):
+            for worker in decodes:
+                worker.fail_next = []
+            decodes[0].stop_after = decodes[1].stop_after = 5
+            decodes[1].stop_after = None
+            pieces = []
+            for i in range(2):  # in turn: one of them meets the worker that dies
+                pieces.append(await outputs(gateway, admitted(f"r{i}", [i, 9])))
+            for i in range(2):
+                assert tokens(pieces[i]) == expected([i, 9], 8)
+            again = next(s for s in prefills[0].submits if len(s.request.token_ids) > 2)
+            assert again.request.num_prompt_tokens == 2
+            assert again.request.sampling.max_tokens == 8
+            names = [s.request.id for s in prefills[0].submits]
+            assert len(set(names)) == len(names)
+
+    run(scenario())
+
+
+def test_last_worker_dying_ends_the_stream_as_unavailable_at_once(run, serving):
+    async def scenario():
+        async with serving() as (gateway, prefills, decodes):
+            generation = gateway.router.start(admitted(sampling={"max_tokens": 400}))
+            got, began = [], None
+            with pytest.raises(Unavailable, match="decode-0"):
+                async for piece in generation.outputs():
+                    got.append(piece)
+                    if began is None and len(tokens(got)) > 3:
+                        began = asyncio.get_running_loop().time()
+                        await decodes[0].stop()
+            assert asyncio.get_running_loop().time() - began < 2  # a promise, not a benchmark
+            assert tokens(got) == expected(PROMPT, len(tokens(got)))
+            with pytest.raises(Unavailable, match="no decode worker"):
+                await outputs(gateway, admitted("next"))
+
+    run(scenario())
+
+
+def test_worker_that_falls_silent_is_lost_and_its_streams_go_on(run, serving):
+    async def scenario():
+        async with serving(decode=2, heartbeat_s=0.3) as (gateway, prefills, decodes):
+            pending = [
+                asyncio.create_task(outputs(gateway, admitted(f"r{i}", [i]))) for i in range(4)
+            ]
+            decodes[0].silent = True
+            for i, pieces in enumerate(await asyncio.gather(*pending)):
+                assert tokens(pieces) == expected([i], 8)
+            row = next(w for w in gateway.fleet.workers if w.name == "decode-0")
+            assert "heartbeat" in row.reason
+
+    run(scenario())
+
+
+def test_lost_worker_is_back_in_rotation_when_it_answers_again(run, serving):
+    async def scenario():
+        async with serving() as (gateway, _, decodes):
+            await decodes[0].stop()
+            while gateway.state == "ready":
+                await asyncio.sleep(0.005)
+            again = await FakeWorker("decode", "decode-0").start(decodes[0].address)
+            await gateway.wait_ready(5)
+            pieces = await outputs(gateway, admitted())
+            assert tokens(pieces) == expected(PROMPT, 8)
+            assert pieces[-1].timings.workers[-1] == f"decode-0#{again.ref.incarnation}"
+            await again.stop()
+
+    run(scenario())
+
+
+def test_without_prefill_workers_auto_falls_back_and_counts_it(run, serving):
+    async def scenario():
+        async with serving() as (gateway, prefills, _):
+            await prefills[0].stop()
+            while gateway.fleet.ready("prefill"):
+                await asyncio.sleep(0.005)
+            pieces = await outputs(gateway, admitted())
+            assert tokens(pieces) == expected(PROMPT, 8)
+            assert pieces[-1].timings.local_prefill
+            assert b'local_prefills_total{cause="no_prefill_worker"} 1.0' in (
+                gateway.metrics.exposition()
+            )
+
+    run(scenario())
+
+
+def test_without_prefill_workers_never_is_unavailable(run, serving):
+    async def scenario():
+        async with serving(local_prefill="never") as (gateway, prefills, _):
+            await prefills[0].stop()
+            while gateway.fleet.ready("prefill"):
+                await asyncio.sleep(0.005)
+            with pytest.raises(Unavailable, match="no prefill worker"):
+                await outputs(gateway, admitted())
+            assert gateway.state == "unavailable"
+
+    run(scenario())
+
+
+@pytest.mark.parametrize(
+    ("code", "error"),
+    [
+        (pb.Failed.INVALID, InvalidRequest),
+        (pb.Failed.INTERNAL, PhasewiseError),
+        (pb.Failed.DEADLINE, DeadlineExceeded),
+    ],
+)
+def test_failure_that_no_other_worker_can_mend_ends_the_stream(run, serving, code, error):
+    async def scenario():
+        async with serving(prefill=2) as (gateway, prefills, _):
+            for worker in prefills:
+                worker.fail_next = [pb.Failed(code=code, reason="so it is")]
+            with pytest.raises(error, match="so it is"):
+                await outputs(gateway, admitted())
+            assert sum(len(w.submits) for w in prefills) == 1
+
+    run(scenario())
+
+
+@pytest.mark.parametrize("code", [pb.Failed.UNAVAILABLE, pb.Failed.OVERLOADED])
+def test_failure_that_another_worker_can_mend_is_tried_there(run, serving, code):
+    async def scenario():
+        async with serving(prefill=2) as (gateway, prefills, _):
+            for worker in prefills[:1]:
+                worker.fail_next = [pb.Failed(code=code, reason="not now")] * 2
+            for i in range(2):
+                pieces = await outputs(gateway, admitted(f"r{i}"))
+                assert tokens(pieces) == expected(PROMPT, 8)
+            assert gateway.metrics.failovers == 2 - len(prefills[0].fail_next) > 0
+
+    run(scenario())
+
+
+def test_only_worker_being_full_is_told_with_its_delay(run, serving):
+    async def scenario():
+        async with serving() as (gateway, _, decodes):
+            full = pb.Failed(code=pb.Failed.OVERLOADED, reason="full", retry_after_s=2.5)
+            decodes[0].fail_next = [full]
+            with pytest.raises(Overloaded, match="full") as caught:
+                await outputs(gateway, admitted())
+            assert caught.value.retry_after_s == 2.5
+
+    run(scenario())
+
+
+def test_tries_are_bounded(run, serving):
+    async def scenario():
+        async with serving(max_failovers=2) as (gateway, prefills, _):
+            lost = pb.Failed(code=pb.Failed.UNAVAILABLE, reason="KV lost")
+            prefills[0].fail_next = [
+                pb.Failed.FromString(lost.SerializeToString()) for _ in range(9)
+            ]
+            with pytest.raises(Unavailable, match="KV lost"):
+                await outputs(gateway, admitted())
+            assert len(prefills[0].submits) == 3
+
+    run(scenario())
+
+
+def test_deadline_ends_the_stream_and_aborts_the_worker(run, serving):
+    async def scenario():
+        async with serving() as (gateway, prefills, decodes):
+            decodes[0].step_s = 0.05
+            with pytest.raises(DeadlineExceeded):
+                await outputs(gateway, admitted(timeout_s=0.3, sampling={"max_tokens": 400}))
+            await settled(gateway, prefills + decodes)
+            assert decodes[0].num_aborts == 1
+
+    run(scenario())
+
+
+def test_worker_that_never_answers_is_given_up_at_the_deadline(run, serving):
+    async def scenario():
+        async with serving(abort_s=0.2) as (gateway, prefills, decodes):
+            prefills[0].stalled = True
+            with pytest.raises(DeadlineExceeded):
+                await outputs(gateway, admitted(timeout_s=0.1))
+            async with asyncio.timeout(2):
+                while gateway.router.in_flight:
+                    await asyncio.sleep(0.01)
+
+    run(scenario())
+
+
+def test_abort_ends_the_stream_as_cancelled_and_frees_the_worker(run, serving):
+    async def scenario():
+        async with serving() as (gateway, prefills, decodes):
+            pending = asyncio.create_task(outputs(gateway, admitted(sampling={"max_tokens": 400})))
+            while not decodes[0].rows:
+                await asyncio.sleep(0.002)
+            assert gateway.router.abort("r")
+            with pytest.raises(Cancelled):
+                await pending
+            assert not gateway.router.abort("r")
+            await settled(gateway, prefills + decodes)
+
+    run(scenario())
+
+
+def test_live_request_id_is_refused_and_free_again_after_the_end(run, serving):
+    async def scenario():
+        async with serving() as (gateway, _, decodes):
+            pending = asyncio.create_task(outputs(gateway, admitted(sampling={"max_tokens": 50})))
+            await asyncio.sleep(0)
+            with pytest.raises(InvalidRequest, match="request_id"):
+                gateway.router.start(admitted())
+            await pending
+            await outputs(gateway, admitted())
+
+    run(scenario())
+
+
+def test_requests_beyond_the_bound_are_refused_with_a_delay(run, serving):
+    async def scenario():
+        async with serving(max_in_flight=2) as (gateway, *_):
+            first = gateway.router.start(admitted("a", sampling={"max_tokens": 100}))
+            second = gateway.router.start(admitted("b", sampling={"max_tokens": 100}))
+            with pytest.raises(Overloaded) as caught:
+                gateway.router.start(admitted("c"))
+            assert caught.value.retry_after_s > 0
+            first.cancel("enough")
+            second.cancel("enough")
+
+    run(scenario())
+
+
+def test_n_streams_have_seeds_of_their_own_and_end_each(run, serving):
+    async def scenario():
+        async with serving() as (gateway, prefills, _):
+            request = admitted(n=3, sampling={"temperature": 1.0, "seed": 11})
+            pieces = await outputs(gateway, request)
+            for index in range(3):
+                assert tokens(pieces, index) == expected(PROMPT, 8)
+            assert sum(p.finish_reason is not None for p in pieces) == 3
+            seeds = [s.request.sampling.seed for s in prefills[0].submits]
+            assert seeds[0] == 11 and len(set(seeds)) == 3
+
+    run(scenario())
+
+
+def test_drain_finishes_what_runs_and_refuses_what_comes(run, serving):
+    async def scenario():
+        async with serving() as (gateway, *_):
+            pending = asyncio.create_task(outputs(gateway, admitted(sampling={"max_tokens": 50})))
+            await asyncio.sleep(0.02)
+            draining = asyncio.create_task(gateway.drain(10))
+            await asyncio.sleep(0)
+            with pytest.raises(Unavailable, match="shutting down"):
+                gateway.router.start(admitted("late"))
+            assert await draining == 0
+            assert tokens(await pending) == expected(PROMPT, 50)
+
+    run(scenario())
+
+
+def test_drain_cuts_off_what_does_not_finish_in_time(run, serving):
+    async def scenario():
+        async with serving(abort_s=0.2) as (gateway, prefills, _):
+            prefills[0].stalled = True
+            pending = asyncio.create_task(outputs(gateway, admitted()))
+            await asyncio.sleep(0.02)
+            assert await gateway.drain(0.1) == 1
+            with pytest.raises(Unavailable, match="shutting down"):
+                await pending
+
+    run(scenario())
+
+
+def test_200_requests_with_random_cancels_end_once_each_and_leave_no_slot(run, serving):
+    async def one(gateway, i: int, rng: random.Random) -> str:
+        generation = gateway.router.start(admitted(f"r{i}", [i], sampling={"max_tokens": 30}))
+        stop_at = rng.choice([None, 0, 1, 5, 20])
+        if stop_at == 0:
+            generation.cancel("at once")
+        got: list[int] = []
+        try:
+            async for piece in generation.outputs():
+                got += piece.token_ids
+                if stop_at is not None and len(got) >= stop_at:
+                    generation.cancel("enough")
+                assert piece.finish_reason is None or got == expected([i], 30)
+        except Cancelled:
+            assert got == expected([i], len(got))
+            return "cancelled"
+        return "finished"
+
+    async def scenario():
+        rng = random.Random(3)
+        async with serving(prefill=2, decode=2) as (gateway, prefills, decodes):
+            ends = await asyncio.gather(*(one(gateway, i, rng) for i in range(200)))
+            await settled(gateway, prefills + decodes)
+            assert len(ends) == 200 and set(ends) == {"cancelled", "finished"}
+            assert sum(gateway.metrics.ended.values()) == 200
+            assert all(w.outstanding_tokens == w.requests == 0 for w in gateway.fleet.workers)
+
+    run(scenario())
+
+
+def test_faults_at_random_still_give_every_request_exactly_one_end(run, serving):
+    async def end(gateway, i: int) -> None:
+        got: list[int] = []
+        try:
+            async for piece in gateway.router.start(
+                admitted(f"r{i}", [i], sampling={"max_tokens": 40}, timeout_s=5.0)
+            ).outputs():
+                got += piece.token_ids
+        except PhasewiseError:
+            assert got == expected([i], len(got))
+        else:
+            assert got == expected([i], 40)
+
+    async def scenario():
+        rng = random.Random(7)
+        async with serving(prefill=3, decode=3, heartbeat_s=0.3) as (gateway, prefills, decodes):
+            pending = [asyncio.create_task(end(gateway, i)) for i in range(60)]
+            for victim in (decodes[0], prefills[0]):
+                await asyncio.sleep(rng.uniform(0.01, 0.03))
+                await victim.stop()
+            decodes[1].silent = True
+            prefills[1].fail_next = [pb.Failed(code=pb.Failed.UNAVAILABLE) for _ in range(5)]
+            await asyncio.gather(*pending)
+            assert sum(gateway.metrics.ended.values()) == 60
+            assert gateway.metrics.ended["length"] > 0
+            await settled(gateway, [prefills[1], prefills[2], decodes[2]])
+
+    run(scenario())
+
+
+def test_policies_choose_by_load_and_in_turn_among_equals():
+    views = [WorkerView(name=n, outstanding_tokens=t) for n, t in (("a", 9), ("b", 3), ("c", 3))]
+    least = LeastOutstandingTokens()
+    assert [least.choose(views, 1) for _ in range(4)] == [1, 2, 1, 2]
+    turn = RoundRobin()
+    assert [turn.choose(views, 1) for _ in range(4)] == [0, 1, 2, 0]
+    assert turn.choose(views[:1], 1) == 0

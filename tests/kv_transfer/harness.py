@@ -1,0 +1,166 @@
+"""Two workers' endpoints for the tests: one here, one in a process that may be killed."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+import json
+import signal
+import sys
+from collections.abc import AsyncIterator, Callable, Coroutine
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from phasewise.engine.layout import KVLayout
+from phasewise.engine.request import TransferAddress, WorkerId
+from phasewise.kv_transfer.endpoint import KVEndpoint
+from phasewise.kv_transfer.events import Asked, Ended, Released, TransferConfig
+from phasewise.kv_transfer.memory import PoolMemory
+
+LAYOUT = KVLayout(
+    num_layers=4,
+    num_blocks=64,
+    num_kv_heads=2,
+    block_size=16,
+    head_dim=16,
+    dtype="float32",
+    fingerprint="tiny",
+)
+PROGRAM = Path(__file__).with_name("peer_process.py")
+BOUND_S = 20.0  # of every wait: a hang fails, slowness does not
+QUICK: dict[str, Any] = {"checksum": True, "silence_s": 1.0}
+LAYERED: dict[str, Any] = {**QUICK, "small_bytes": 0}
+
+
+def pool_bytes(seed: int) -> np.ndarray:
+    """What `peer_process.fill` puts in a pool."""
+    shape = (LAYOUT.num_layers, LAYOUT.num_blocks, LAYOUT.block_bytes)
+    return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
+
+
+def bounded(test: Callable[..., Coroutine[Any, Any, None]]) -> Callable[..., None]:
+    """Run an async test on a loop of its own."""
+
+    @functools.wraps(test)
+    def run(*arguments: Any, **named: Any) -> None:
+        asyncio.run(asyncio.wait_for(test(*arguments, **named), 60))
+
+    return run
+
+
+class Here:
+    """An endpoint in this process."""
+
+    def __init__(self, name: str, seed: int, config: dict[str, Any], incarnation: int = 1) -> None:
+        self.memory = PoolMemory(LAYOUT.num_bytes)
+        shape = (LAYOUT.num_layers, LAYOUT.num_blocks, LAYOUT.block_bytes)
+        self.pool = np.frombuffer(self.memory.buffer, np.uint8).reshape(shape)
+        self.pool[:] = pool_bytes(seed)
+        worker = WorkerId(name=name, incarnation=incarnation)
+        self.endpoint = KVEndpoint(worker, LAYOUT, self.memory, TransferConfig(**config))
+        self.stream = self.endpoint.events()
+
+    async def next(self) -> Asked | Ended | Released:
+        return await asyncio.wait_for(anext(self.stream), BOUND_S)
+
+    async def ended(self) -> Ended:
+        event = await self.next()
+        assert isinstance(event, Ended), event
+        return event
+
+    async def released(self) -> Released:
+        event = await self.next()
+        assert isinstance(event, Released), event
+        return event
+
+    async def asked(self) -> Asked:
+        event = await self.next()
+        assert isinstance(event, Asked), event
+        return event
+
+    async def is_quiet(self, seconds: float) -> bool:
+        """No event comes for a while."""
+        await asyncio.sleep(seconds)
+        return self.endpoint._events.empty()
+
+
+@contextlib.asynccontextmanager
+async def here(
+    name: str, seed: int, config: dict[str, Any], incarnation: int = 1
+) -> AsyncIterator[tuple[Here, TransferAddress]]:
+    worker = Here(name, seed, config, incarnation)
+    address = await worker.endpoint.start()
+    try:
+        yield worker, address
+    finally:
+        await worker.endpoint.close()
+        worker.memory.close()
+
+
+class There:
+    """An endpoint in another process."""
+
+    def __init__(self, process: asyncio.subprocess.Process) -> None:
+        self.process = process
+        self.events: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
+        self.answers: asyncio.Queue[Any] = asyncio.Queue()
+        self.address: TransferAddress
+
+    async def read(self) -> None:
+        assert self.process.stdout is not None
+        while line := await self.process.stdout.readline():
+            fields = json.loads(line)
+            if "done" in fields:
+                self.answers.put_nowait(fields["done"])
+            elif "event" in fields:
+                self.events.put_nowait(fields)
+            else:
+                self.answers.put_nowait(fields)
+
+    async def do(self, command: str, **arguments: Any) -> Any:
+        assert self.process.stdin is not None
+        self.process.stdin.write(json.dumps({"do": command, **arguments}).encode() + b"\n")
+        return await asyncio.wait_for(self.answers.get(), BOUND_S)
+
+    async def event(self, kind: str) -> dict[str, Any]:
+        fields = await asyncio.wait_for(self.events.get(), BOUND_S)
+        assert fields["event"] == kind, fields
+        return fields
+
+    def signal(self, number: signal.Signals) -> None:
+        self.process.send_signal(number)
+
+
+@contextlib.asynccontextmanager
+async def there(
+    name: str, seed: int, config: dict[str, Any], incarnation: int = 1, **layout: Any
+) -> AsyncIterator[There]:
+    setup = {
+        "name": name,
+        "incarnation": incarnation,
+        "seed": seed,
+        "config": config,
+        "layout": {**asdict(LAYOUT), **layout},
+    }
+    process = await asyncio.create_subprocess_exec(
+        sys.executable,
+        str(PROGRAM),
+        json.dumps(setup),
+        stdin=asyncio.subprocess.PIPE,
+        stdout=asyncio.subprocess.PIPE,
+    )
+    worker = There(process)
+    reading = asyncio.create_task(worker.read())
+    try:
+        hello = await asyncio.wait_for(worker.answers.get(), BOUND_S)
+        fields = hello["address"]
+        worker.address = TransferAddress(**{**fields, "worker": WorkerId(**fields["worker"])})
+        yield worker
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            process.kill()
+        await process.wait()
+        reading.cancel()

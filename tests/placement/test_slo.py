@@ -1,0 +1,70 @@
+"""Targets, and the share of requests that meet them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from phasewise.engine.errors import InvalidConfig
+from phasewise.placement import slo
+from phasewise.placement.slo import SloTargets
+
+TARGETS = SloTargets(ttft_s=0.25, tpot_s=0.1)
+TTFT = np.array([0.1, 0.2, 0.3, 0.1, np.nan])
+TPOT = np.array([0.05, 0.2, 0.05, 0.1, 0.05])
+
+
+def test_a_request_counts_only_when_both_targets_are_met() -> None:
+    assert slo.met(TTFT, TPOT, TARGETS).tolist() == [True, False, False, True, False]
+    assert slo.joint_attainment(TTFT, TPOT, TARGETS) == 0.4
+
+
+def test_targets_scale_together() -> None:
+    assert slo.joint_attainment(TTFT, TPOT, TARGETS.scaled(2.0)) == 0.8
+
+
+def test_each_class_is_held_to_its_own_targets() -> None:
+    policy = slo.parse_slo(
+        {"ttft_ms": 250, "tpot_ms": 100, "classes": {"batch": {"ttft_ms": 1000, "attainment": 0.5}}}
+    )
+    assert policy.of("batch") == SloTargets(ttft_s=1.0, tpot_s=0.1, attainment=0.5)
+    ids = np.array([0, 1, 1, 0, 0], dtype=np.int16)
+    shares = slo.class_attainments(TTFT, TPOT, policy, ids, ("chat", "batch", "absent"))
+    assert shares == {"chat": pytest.approx(2 / 3), "batch": 0.5}
+    assert not slo.meets_policy(shares, policy)
+    assert slo.meets_policy({"batch": 0.5, "chat": 0.9}, policy)
+    assert slo.class_attainments(TTFT, TPOT, policy, None, ("default",)) == {"default": 0.4}
+
+
+def test_slowdowns_name_every_limit_that_is_broken() -> None:
+    unloaded = {name: np.ones(1000) for name in ("ttft", "tpot", "e2e")}
+    fine = {name: np.full(1000, 1.2) for name in unloaded}
+    assert slo.slowdown_misses(fine, unloaded) == []
+    late = dict(fine, ttft=np.concatenate([np.full(850, 1.2), np.full(150, 4.0)]))
+    assert slo.slowdown_misses(late, unloaded) == ["ttft p90 is 4.00×, over 3×"]
+    single = dict(unloaded, tpot=np.zeros(1000))
+    assert slo.slowdown_misses(fine, single) == []
+    lost = dict(fine, e2e=np.full(1000, np.nan))
+    assert len(slo.slowdown_misses(lost, unloaded)) == 3
+
+
+def test_percentiles_interpolate() -> None:
+    assert slo.percentiles(np.arange(101.0), (50, 90.5)) == (50.0, 90.5)
+
+
+@pytest.mark.parametrize(
+    ("section", "where"),
+    [
+        ({"tpot_ms": 100}, "slo.ttft_ms"),
+        ({"ttft_ms": 0, "tpot_ms": 100}, "slo.ttft_ms"),
+        ({"ttft_ms": 1, "tpot_ms": 100, "attainment": 90}, "slo.attainment"),
+        ({"ttft": 1, "tpot_ms": 100}, "slo.ttft"),
+        ({"ttft_ms": 1, "tpot_ms": 1, "classes": {"a": {"tpot": 1}}}, "slo.classes.a.tpot"),
+        ({"ttft_ms": 1, "tpot_ms": 1, "classes": {"a": 3}}, "slo.classes.a"),
+    ],
+)
+def test_a_wrong_section_is_refused_with_its_key(section: dict[str, Any], where: str) -> None:
+    with pytest.raises(InvalidConfig) as caught:
+        slo.parse_slo(section)
+    assert caught.value.where == where

@@ -1,0 +1,122 @@
+"""Published tables as latency sources, and how well held-out points are predicted."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from phasewise.engine.errors import InvalidConfig
+from phasewise.placement import tables
+from phasewise.placement.distserve_profile import (
+    DistServeLatency,
+    read_distserve_profile,
+    read_max_num_tokens,
+)
+from phasewise.placement.fitting import fit_knots, medians
+from phasewise.placement.latency import NoLatency, decode_features, prompt_features
+
+DATA = Path(__file__).parent / "data"
+SPLITWISE = DATA / "splitwise_perf_model.csv.gz"
+
+
+def test_splitwise_rows_that_were_not_measured_are_left_out() -> None:
+    profiles = tables.read_splitwise(SPLITWISE)
+    assert sorted(profiles) == [
+        ("bloom-176b", "a100-80gb"),
+        ("bloom-176b", "h100-80gb"),
+        ("llama2-70b", "a100-80gb"),
+        ("llama2-70b", "h100-80gb"),
+    ]
+
+
+def test_splitwise_decode_batches_cost_what_was_measured() -> None:
+    """Read at the number of rows, not of tokens: 64 rows take 50 ms and not 30."""
+    latency = tables.read_splitwise(SPLITWISE)["llama2-70b", "h100-80gb"].phase("decode", 8)
+    assert latency.total_s(decode_features(64, 576)) == pytest.approx(0.0502, rel=0.05)
+    assert latency.total_s(decode_features(1, 576)) == pytest.approx(0.0298, rel=0.05)
+
+
+@pytest.mark.parametrize("tp", [4, 8])
+def test_splitwise_grid_points_left_out_are_predicted(tp: int) -> None:
+    profile = tables.read_splitwise(SPLITWISE)["llama2-70b", "h100-80gb"]
+    for phase, limit in (("prefill", 0.05), ("decode", 0.03)):
+        found = [p for p in profile.points if (p.phase, p.tp) == (phase, tp)]
+        grid = medians([(p.features, p.seconds) for p in found])
+        errors = []
+        for held in grid:
+            fitted = fit_knots([point for point in grid if point != held])
+            errors.append(abs(fitted.batch_s(held[0]) / held[1] - 1))
+        assert np.median(errors) < limit
+
+
+def test_helix_tables_are_whole_models_by_layer() -> None:
+    profile = tables.read_helix(
+        DATA / "helix" / "llama2_70b_a100_prompt_bs2time.csv",
+        DATA / "helix" / "llama2_70b_a100_decode_bs2time.csv",
+        model="llama2-70b",
+        hardware="a100",
+        tp=1,
+        num_layers=80,
+    )
+    assert profile.phase("prefill").total_s(prompt_features(4000)) == pytest.approx(2.24, rel=0.03)
+    assert profile.phase("decode").total_s(decode_features(200, 0)) == pytest.approx(0.24, rel=0.15)
+
+
+def test_vidur_layers_shrink_with_tensor_parallelism() -> None:
+    rows = tables.read_vidur_layers(DATA / "vidur_a100_llama-2-70b-hf.csv.gz")
+    seconds = {row.tp: row.seconds for row in rows if row.tokens == 4096}
+    assert seconds[1] > seconds[2] > seconds[4] > seconds[8] > seconds[1] / 9
+    assert rows[0].shape.num_kv_heads == 8 and rows[0].shape.mlp_matrices == 3
+
+
+def test_a_table_without_its_columns_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "t.csv"
+    file.write_text("a,b\n1,2\n")
+    with pytest.raises(InvalidConfig, match="prompt_size"):
+        tables.read_splitwise(file)
+    with pytest.raises(InvalidConfig, match="t.csv:1"):
+        tables.read_helix(file, file, model="m", hardware="h", tp=1, num_layers=1)
+
+
+def test_distserve_step_times_are_its_own_formula() -> None:
+    profile = read_distserve_profile(DATA / "distserve_distserve.json")
+    k = profile["facebook/opt-66b", 4]
+    latency = DistServeLatency(model="facebook/opt-66b", profile=profile)
+    lengths = (100, 700)
+    features = prompt_features(100).with_chunk(700, 0)
+    for pp in (1, 2, 4):
+        stage_ms = k.prefill_ms(800, sum(n * n for n in lengths), pp)
+        stages = latency.phase("prefill", 4, pp).stages
+        assert stages[0].batch_s(features) * 1e3 == pytest.approx(stage_ms + 2 + 0.08, rel=1e-12)
+        assert all(s.batch_s(features) * 1e3 == pytest.approx(stage_ms) for s in stages[1:])
+        for rows in (1, 94, 95, 200):
+            step_ms = k.decode_ms(rows, rows * 301, pp) + 2 + 1e-4 * rows * 300
+            first = latency.phase("decode", 4, pp).stages[0]
+            assert first.batch_s(decode_features(rows, 300)) * 1e3 == pytest.approx(step_ms)
+
+
+def test_a_distserve_step_of_chunks_and_rows_costs_more_than_either_alone() -> None:
+    profile = read_distserve_profile(DATA / "distserve_distserve.json")
+    latency = DistServeLatency(model="facebook/opt-13b", profile=profile).phase("mixed", 1)
+    rows, chunk = decode_features(20, 400), prompt_features(512)
+    both = rows.with_chunk(512, 0)
+    assert latency.total_s(both) > max(latency.total_s(rows), latency.total_s(chunk))
+    assert latency.total_s(both) < latency.total_s(rows) + latency.total_s(chunk)
+
+
+def test_distserve_parallelism_that_was_not_measured_is_refused() -> None:
+    profile = read_distserve_profile(DATA / "distserve_distserve.json")
+    with pytest.raises(NoLatency, match=r"\[1, 2, 4\]"):
+        DistServeLatency(model="facebook/opt-13b", profile=profile).phase("decode", 8)
+
+
+def test_distserve_files_are_read_and_others_refused() -> None:
+    assert (
+        read_max_num_tokens(DATA / "distserve_max_num_tokens.csv")["facebook/opt-13b", 2, 1]
+        == 163008
+    )
+    with pytest.raises(InvalidConfig, match="not a DistServe profile"):
+        read_distserve_profile(DATA / "distserve_max_num_tokens.csv")
+    with pytest.raises(InvalidConfig, match="max_num_tokens"):
+        read_max_num_tokens(DATA / "distserve_distserve.json")

@@ -1,0 +1,130 @@
+"""Readers of public traces, and what they say about files that are not traces."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from phasewise.engine.errors import InvalidConfig
+from phasewise.placement.traces import read_trace
+
+DATA = Path(__file__).parent / "data"
+AZURE = "TIMESTAMP,ContextTokens,GeneratedTokens\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "format", "requests", "prompt_p50", "output_p50"),
+    [
+        ("azure2023_conv.csv.gz", "azure", 19366, 1020, 129),
+        ("azure2023_code.csv.gz", "azure", 8819, 1469, 13),
+        ("mooncake_conversation_head.jsonl.gz", "mooncake", 1500, None, None),
+        ("nanoflow_sharegpt.csv.gz", "azure", 11758, None, None),
+        ("vidur_arxiv_lengths.csv.gz", "vidur", 2826, None, None),
+        ("splitwise_test_trace.csv", "splitwise", 3, 2048, 16),
+    ],
+)
+def test_every_public_format_is_told_apart_and_read(
+    name: str, format: str, requests: int, prompt_p50: int | None, output_p50: int | None
+) -> None:
+    trace = read_trace(DATA / name)
+    assert (trace.format, trace.num_requests) == (format, requests)
+    if prompt_p50:
+        assert np.median(trace.prompt_tokens) == prompt_p50
+        assert np.median(trace.output_tokens) == output_p50
+
+
+def test_azure_times_keep_seven_digits_and_the_published_rate() -> None:
+    arrival_s = read_trace(DATA / "azure2023_conv.csv.gz").arrival_s
+    assert arrival_s is not None
+    np.testing.assert_allclose(arrival_s[1], 50.9951690 - 46.6805900, atol=1e-6)
+    assert 5.52 < len(arrival_s) / arrival_s[-1] < 5.54
+
+
+def test_azure_2024_times_with_a_zone_and_a_byte_order_mark_are_read(tmp_path: Path) -> None:
+    file = tmp_path / "azure2024.csv"
+    rows = "2024-05-10 00:00:00.009930+00:00,2162,5\n2024-05-10 00:00:00.017335+00:00,2399,6\n"
+    file.write_bytes(b"\xef\xbb\xbf" + (AZURE + rows).encode())
+    arrival_s = read_trace(file).arrival_s
+    assert arrival_s is not None
+    np.testing.assert_allclose(arrival_s, [0.0, 0.007405], atol=1e-6)
+
+
+def test_lengths_without_times_have_no_arrivals() -> None:
+    assert read_trace(DATA / "nanoflow_lmsys.csv.gz").arrival_s is None
+
+
+def test_mooncake_prompts_that_share_a_prefix_share_its_ids() -> None:
+    trace = read_trace(DATA / "mooncake_conversation_head.jsonl.gz")
+    assert trace.prefix is not None and trace.prefix.block_tokens == 512
+    assert trace.prefix.of(0)[0] == trace.prefix.of(1)[0] == 0
+    blocks = -(-trace.prompt_tokens // 512)
+    np.testing.assert_array_equal(np.diff(trace.prefix.offsets), blocks)
+
+
+def test_own_json_lines_carry_classes_and_prefixes_and_are_sorted(tmp_path: Path) -> None:
+    rows = [
+        {"arrival_s": 9.0, "prompt_tokens": 3, "output_tokens": 4, "class": "b", "prefix_ids": [7]},
+        {"arrival_s": 8.5, "prompt_tokens": 1, "output_tokens": 2},
+    ]
+    file = tmp_path / "own.jsonl"
+    file.write_text("\n".join(map(json.dumps, rows)))
+    trace = read_trace(file)
+    assert trace.arrival_s is not None and trace.arrival_s.tolist() == [0.0, 0.5]
+    assert trace.classes == ("default", "b")
+    assert trace.prefix is not None
+    assert [trace.prefix.of(i).tolist() for i in range(2)] == [[], [7]]
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "reason"),
+    [
+        (AZURE + "2023-11-16 18:15:46.68,374,44\n2023-11-16 18:15:47.0,x,4\n", 3, "'x'"),
+        (AZURE + "yesterday,374,44\n", 2, "yesterday"),
+        (AZURE + "XXX,374\n", 2, "3 columns"),
+        (AZURE + "XXX,0,44\n", 2, "not positive"),
+        (AZURE + "XXX,3000000000,44\n", 2, "not positive"),
+        ('{"prompt_tokens": 1, "output_tokens": 2}\n{"prompt_tokens": 1', 2, "JSON"),
+        ('{"prompt_tokens": 1, "output_tokens": 2}\n{"prompt_tokens": 1}', 2, "output_tokens"),
+        ('{"prompt_tokens": 1.5, "output_tokens": 2}', 1, "whole"),
+        ('{"prompt_tokens": 1, "output_tokens": 2, "arrival_s": NaN}', 1, "finite"),
+        ("a,b\n1,2\n", 2, "unknown trace columns"),
+    ],
+)
+def test_a_bad_line_is_named_with_its_number(
+    tmp_path: Path, text: str, line: int, reason: str
+) -> None:
+    file = tmp_path / "bad"
+    file.write_text(text)
+    with pytest.raises(InvalidConfig) as caught:
+        read_trace(file)
+    assert caught.value.where == f"{file}:{line}"
+    assert reason in caught.value.reason
+
+
+@pytest.mark.parametrize("text", ["", AZURE, "\n\n"])
+def test_an_empty_trace_is_refused(tmp_path: Path, text: str) -> None:
+    file = tmp_path / "empty.csv"
+    file.write_text(text)
+    with pytest.raises(InvalidConfig, match="no requests"):
+        read_trace(file)
+
+
+def test_a_missing_or_binary_or_mixed_file_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InvalidConfig, match="cannot read"):
+        read_trace(tmp_path / "none.csv")
+    binary = tmp_path / "binary.csv"
+    binary.write_bytes(b"\xff\xfe\x00\x80")
+    with pytest.raises(InvalidConfig, match="not a text file"):
+        read_trace(binary)
+    cut = tmp_path / "cut.csv.gz"
+    cut.write_bytes((DATA / "azure2023_code.csv.gz").read_bytes()[:500])
+    with pytest.raises(InvalidConfig, match="cannot read"):
+        read_trace(cut)
+    mixed = tmp_path / "mixed.csv"
+    mixed.write_text(AZURE + "XXX,1,1\n2023-11-16 18:15:46.68,1,1\n")
+    with pytest.raises(InvalidConfig, match="1 of 2 rows"):
+        read_trace(mixed)
+    with pytest.raises(InvalidConfig, match="unknown trace format"):
+        read_trace(mixed, "azur")
