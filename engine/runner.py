@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..kernels.openmp import HAS_OPENMP
 from ..kernels.operators import operators
 from ..kernels.rows import rows_of
 from .batch import Batch, StepOutput
@@ -183,7 +184,8 @@ def build_runner(
     """Load a checkpoint and build a runner, not yet warm.
 
     The pool takes `num_blocks`, or as many as fit `memory_bytes`; `allocate` supplies its memory
-    (private by default; on CUDA always the device's). `sampler` is `Sampler` by default. Raises InvalidConfig and UnsupportedModel.
+    (private by default; on CUDA always the device's). `sampler` is `Sampler` by default.
+    Raises InvalidConfig and UnsupportedModel.
     """
     spec = load_spec(directory)
     if spec.max_context is not None and max_model_len > spec.max_context:
@@ -195,6 +197,10 @@ def build_runner(
     kind = resolve_dtype(spec, dtype)
     place = torch.device(device)
     threads = threads or len(os.sched_getaffinity(0))
+    if threads > 1 and not HAS_OPENMP:
+        raise InvalidConfig(
+            "threads", "this build of torch brings no OpenMP threads to share", "give 1"
+        )
     if num_blocks is None:
         memory = 1 << 30 if memory_bytes is None else memory_bytes
         num_blocks = _num_blocks(spec, kind, block_size, max_model_len, memory)

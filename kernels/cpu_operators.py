@@ -13,12 +13,13 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .openmp import check_threads, float_bits
+from .openmp import HAS_OPENMP, float_bits
 from .paged_decode import decode_body, scratch_floats
-from .rowwise import rms_norm_body, rope_append_body, silu_mul_body
 from .rows import Rows
+from .rowwise import rms_norm_body, rope_append_body, silu_mul_body
 
 GATHER_FROM = 32  # tokens a row
+CACHED_SCORES = 1 << 16  # float32 scores of one task: a quarter of a small L2
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -37,7 +38,7 @@ class CpuOperators:
     """Numba bodies for one dtype and block shape, on `threads` of torch's OpenMP threads."""
 
     def __init__(self, dtype: torch.dtype, head_dim: int, block_size: int, threads: int) -> None:
-        check_threads(threads)
+        assert threads == 1 or HAS_OPENMP, "the caller asks for threads that exist"
         wide = dtype == torch.float32
         self.threads = threads
         self._dim = head_dim
@@ -160,7 +161,9 @@ class CpuOperators:
         kv_heads = kv.shape[2]
         num_heads = out.shape[1] // self._dim
         longest = plan.rows.tables.shape[1] * self._block_size
-        bounds = self._bounds(plan.contexts, kv_heads, window)
+        group = num_heads // kv_heads
+        span = self._span(len(plan.tokens), kv_heads, group * longest)
+        bounds = self._bounds(plan.contexts, kv_heads // span, window)
         self._decode.run(
             self.threads,
             num_heads,
@@ -179,17 +182,26 @@ class CpuOperators:
             plan.token_rows.ctypes.data,
             plan.contexts.ctypes.data,
             bounds.ctypes.data,
-            self._scratch_at(scratch_floats(num_heads // kv_heads, self._dim, longest)),
+            self._scratch_at(scratch_floats(span * group, self._dim, longest)),
             plan.rows.tables.ctypes.data,
+            span,
         )
 
-    def _bounds(self, contexts: np.ndarray, kv_heads: int, window: int) -> np.ndarray:
+    def _span(self, num_tokens: int, kv_heads: int, floats_a_head: int) -> int:
+        """KV heads a task: all where tokens alone feed the threads and the scores fit the cache."""
+        if self.threads > 1 and num_tokens < 8 * self.threads:
+            return 1
+        span = kv_heads
+        while span > 1 and (kv_heads % span or span * floats_a_head > CACHED_SCORES):
+            span -= 1
+        return span
+
+    def _bounds(self, contexts: np.ndarray, spans: int, window: int) -> np.ndarray:
         """Task numbers at which each thread begins, so that all read about equally much."""
-        total = len(contexts) * kv_heads
+        total = len(contexts) * spans
         if self.threads == 1:
             return np.array([0, total])
         reads = np.minimum(contexts, window) if window else contexts
-        done = np.cumsum(reads)
+        done = np.cumsum(np.repeat(reads, spans))
         shares = done[-1] * np.arange(1, self.threads) / self.threads
-        cuts = np.searchsorted(done, shares) * kv_heads
-        return np.concatenate(([0], cuts, [total]))
+        return np.concatenate(([0], np.searchsorted(done, shares), [total]))

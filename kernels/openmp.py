@@ -48,12 +48,6 @@ if HAS_OPENMP:
     _RUNTIME.GOMP_parallel.restype = None
 
 
-def check_threads(threads: int) -> None:
-    """Refuse more threads than this build of torch can give to kernels."""
-    if threads > 1 and not HAS_OPENMP:
-        raise RuntimeError("this build of torch brings no OpenMP runtime to share; use 1 thread")
-
-
 class Body:
     """A compiled kernel body, callable on one thread or on a team."""
 

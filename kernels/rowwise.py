@@ -5,6 +5,9 @@ Inputs are float32 or bfloat16 (`wide` or not); sums are in float32 and rounded 
 own dtype rounds. The readable versions are in `reference`.
 """
 
+# pyright: reportCallIssue=false, reportPrivateImportUsage=false
+# (an intrinsic is called without its typing context)
+
 from __future__ import annotations
 
 import functools

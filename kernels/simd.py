@@ -89,7 +89,9 @@ def dot(typing_context, a, b, dim, wide):  # noqa: ANN001, ANN201
             parts = [sums[slot] for slot in sums if slot[0] == lanes]
             if not parts:
                 continue
-            vector = parts[0] if len(parts) == 1 else builder.fadd(*parts, flags=FAST)
+            vector = parts[0]
+            if len(parts) == 2:
+                vector = builder.fadd(parts[0], parts[1], flags=FAST)
             if lanes == 1:
                 part = builder.extract_element(vector, ir.Constant(ir.IntType(32), 0))
             else:

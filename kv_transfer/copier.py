@@ -82,6 +82,10 @@ class Writer(Protocol):
 
     def write_canary(self, slot: int, pattern: bytes) -> None: ...
 
+    def close(self) -> None:
+        """After the copier's end: let go of the peer's pool or socket."""
+        ...
+
 
 class Copier:
     """Runs one pair's pushes: in order within a lease, whichever lease has a layer ready.

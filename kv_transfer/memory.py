@@ -66,6 +66,13 @@ class PoolMemory:
             os.close(self.fd)
             self.fd = -1
 
+    def unmap(self) -> None:
+        """Give a peer's pool back at once: descriptor and mapping. Nothing may view it."""
+        self.close()
+        self.buffer.release()
+        self._whole.release()
+        self._map.close()
+
 
 _F_ADD_SEALS, _F_GET_SEALS = 1033, 1034
 _F_SEAL_SHRINK, _F_SEAL_GROW = 0x0002, 0x0004

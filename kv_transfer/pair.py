@@ -111,9 +111,8 @@ class Pair:
     def release(self) -> None:
         """Give back sockets and descriptors. The copier's thread has ended."""
         self.copier.join()
+        self.writer.close()
         self.sock.close()
-        if self.data is not None:
-            self.data.close()
         if self.pidfd >= 0:
             os.close(self.pidfd)
             self.pidfd = -1

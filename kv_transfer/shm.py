@@ -46,6 +46,9 @@ class ShmWriter:
     def flush(self) -> None:
         """Nothing is ever left over."""
 
+    def close(self) -> None:
+        self._theirs.unmap()
+
     def write_canary(self, slot: int, pattern: bytes) -> None:
         self._theirs.canary(slot)[: len(pattern)] = pattern
 

@@ -239,7 +239,6 @@ class Switchboard:
         writer: Writer
         if contact.memory is not None:
             writer = ShmWriter(self._memory, self._layout, contact.memory, contact.hello.layout)
-            contact.memory.close()  # the mapping stays, with the writer
         else:
             assert contact.data is not None, "a contact has one way or the other"
             writer = TcpWriter(self._memory, self._layout, contact.data)

@@ -62,6 +62,9 @@ class TcpWriter:
         left, self._left = self._left, []
         self._send(left)
 
+    def close(self) -> None:
+        self._sock.close()
+
     def write_canary(self, slot: int, pattern: bytes) -> None:
         header = _HEADER.pack(_MAGIC, _CANARY, 0, 0, slot, len(pattern))
         self._send([memoryview(header + pattern)])

@@ -76,8 +76,7 @@ def decode_kernel(
     SIDE: tl.constexpr = KV_HEADS * BLOCK_SIZE * DIM
     table = tables + row * table_stride
     position = low * TILE + tl.arange(0, TILE)
-    seen = (position < length) & (position >= first)
-    coming = tl.load(table + position // BLOCK_SIZE, mask=seen, other=0)
+    coming = tl.load(table + position // BLOCK_SIZE, mask=position < length, other=0)
     for tile in range(low, high):
         # The next tile's blocks are looked up a tile ahead, so that K and V wait for no table.
         block = coming.to(tl.int64)
@@ -148,8 +147,12 @@ class DecodeTiling:
 
     @classmethod
     def of(cls, head_dim: int) -> DecodeTiling:
-        """About 16 KiB of K and of V in flight a program, four warps, whatever the head size."""
-        return cls(tile=64 if head_dim <= 128 else 32, num_warps=4, num_stages=3)
+        """16 KiB of K and of V a tile (of 16-bit values), and two tiles in flight a program.
+
+        Three programs share a multiprocessor: 192 KiB on their way, several times what its share
+        of the memory's bandwidth needs to hide the latency.
+        """
+        return cls(tile=8192 // triton.next_power_of_2(head_dim), num_warps=4, num_stages=3)
 
 
 def splits_for(num_rows: int, kv_heads: int, max_length: int, multiprocessors: int) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections import Counter
 
 import pytest
@@ -51,6 +52,7 @@ class Transfers(RuleBasedStateMachine):
         self.wire: list[tuple[Side, int, object]] = []  # to whom, by which pair, what
         self.next_lease = 0
         self.ends: Counter[tuple[Side, int, int]] = Counter()  # the last: which life of the lease
+        self.outcomes: Counter[tuple[Side, Outcome]] = Counter()
         self.lives: Counter[tuple[Side, int]] = Counter()
 
     def new_sender(self) -> None:
@@ -91,6 +93,7 @@ class Transfers(RuleBasedStateMachine):
     def end(self, ended: Ended) -> None:
         if ended.side is Side.SENDER and ended.peer is None:
             return  # parked, never granted
+        self.outcomes[ended.side, ended.outcome] += 1
         life = self.lives[ended.side, ended.lease]
         self.ends[ended.side, ended.lease, life] += 1
         if ended.side is Side.RECEIVER and ended.outcome is Outcome.COMMITTED:
@@ -368,9 +371,63 @@ TestTcp = TransfersOverTcp.TestCase
 TestTcp.settings = rounds
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("machine", [Transfers, TransfersOverTcp])
-def test_laws_hold_over_five_thousand_schedules_each(machine: type[Transfers]) -> None:
-    from hypothesis.stateful import run_state_machine_as_test
+def schedule(machine: Transfers, rng: random.Random, steps: int) -> None:
+    """A long random life, with the probabilities of a busy day with faults."""
 
-    run_state_machine_as_test(machine, settings=settings(rounds, max_examples=5000))
+    def pick() -> int:
+        return rng.randrange(1 << 16)
+
+    moves = {
+        lambda: machine.offer(rng.randint(1, 3), rng.random() < 0.4, rng.randrange(4)): 6,
+        lambda: machine.asked and machine.answer(pick(), rng.randrange(4)): 10,
+        lambda: machine.next_lease and machine.fetch(pick(), rng.randint(1, 3)): 5,
+        lambda: machine.push_whole(pick()): 8,
+        lambda: machine.copies and machine.copy(rng.randint(1, 4)): 10,
+        lambda: machine.finish(): 8,
+        lambda: machine.stopping and machine.copier_obeys(pick()): 3,
+        lambda: machine.wire and machine.network_in_order(rng.randint(1, 4)): 20,
+        lambda: (
+            machine.wire
+            and machine.network_in_disorder(pick(), rng.choice(["deliver", "twice", "lose"]))
+        ): 5,
+        lambda: machine.next_lease and machine.abort(pick(), rng.choice(list(Side))): 1,
+        lambda: machine.next_lease and machine.withdraw(pick()): 1,
+        lambda: machine.time_passes(rng.choice([0.5, 0.5, 4.0, 11.0, -3.0])): 1,
+        lambda: machine.beat(rng.choice(list(Side))): 2,
+        lambda: rng.random() < 0.1 and machine.receiver_gives_up_the_pair(0): 1,
+        lambda: rng.random() < 0.1 and machine.sender_dies(0): 1,
+    }
+    for move in rng.choices(list(moves), list(moves.values()), k=steps):
+        move()
+        machine.one_terminal_event_a_lease()
+        machine.blocks_are_conserved()
+        machine.nobody_may_write_a_free_block()
+    machine.teardown()
+
+
+def campaign(kind: type[Transfers], seeds: range) -> Counter[tuple[Side, Outcome]]:
+    outcomes: Counter[tuple[Side, Outcome]] = Counter()
+    for seed in seeds:
+        machine = kind()
+        try:
+            schedule(machine, random.Random(seed), 200)
+        except AssertionError as error:
+            raise AssertionError(f"schedule {seed}: {error}") from error
+        outcomes += machine.outcomes
+    return outcomes
+
+
+@pytest.mark.parametrize("kind", [Transfers, TransfersOverTcp])
+def test_laws_hold_over_random_schedules_in_which_everything_happens(
+    kind: type[Transfers],
+) -> None:
+    outcomes = campaign(kind, range(300))
+    for side in Side:
+        for outcome in Outcome:
+            assert outcomes[side, outcome] > 20, f"hardly any {side} {outcome}: {outcomes}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [Transfers, TransfersOverTcp])
+def test_laws_hold_over_five_thousand_schedules_each(kind: type[Transfers]) -> None:
+    campaign(kind, range(1000, 6000))

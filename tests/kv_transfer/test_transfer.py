@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import threading
 from dataclasses import asdict
@@ -197,9 +198,12 @@ async def test_a_stale_incarnation_is_refused(transport: str) -> None:
 @bounded
 async def test_an_address_of_an_earlier_incarnation_reaches_nobody(transport: str) -> None:
     config = {**QUICK, "transport": transport}
-    async with here("decode", 1, config, incarnation=2) as (_, address), here("p", 2, config) as (
-        p,
-        _,
+    async with (
+        here("decode", 1, config, incarnation=2) as (_, address),
+        here("p", 2, config) as (
+            p,
+            _,
+        ),
     ):
         from dataclasses import replace
 
@@ -221,9 +225,11 @@ async def test_nothing_is_left_after_close(transport: str) -> None:
             assert (await decode.ended()).outcome is Outcome.COMMITTED
 
     await once()
+    gc.collect()  # the test's own pools
     fds, threads = len(os.listdir("/proc/self/fd")), threading.active_count()
     for _ in range(3):
         await once()
+    gc.collect()
     assert len(os.listdir("/proc/self/fd")) == fds
     assert threading.active_count() == threads
 

@@ -49,7 +49,9 @@ class Cluster:
             tokens += output.token_ids
         return tokens
 
-    async def generate_all(self, prompts: Sequence[Sequence[int]], **sampling: Any) -> list[list[int]]:
+    async def generate_all(
+        self, prompts: Sequence[Sequence[int]], **sampling: Any
+    ) -> list[list[int]]:
         """Streams of all prompts at once."""
         return list(await asyncio.gather(*(self.generate(p, **sampling) for p in prompts)))
 
