@@ -6,7 +6,8 @@ A job is 32 layers × 128 scattered blocks of 64 KiB from one pool to another (2
 `tcp` are this project's endpoints, timed from `push` to the sender's `Ended(committed)`, leases
 and all; `memcpy`, `plain_tcp` and `gloo` are the references of `kv_references`. Engines take
 turns within each repeat, ratios are to the same repeat's memcpy, and every transfer is compared
-byte by byte. The last column is one 64 KiB block of one layer, with acknowledgement.
+byte by byte. The last column is one 64 KiB block of one layer, with acknowledgement; there
+`bare_shm` and `bare_tcp` are the transports alone, without leases and event loops.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import json
 import multiprocessing
 import os
 import random
+import select
 import statistics
 import sys
 import time
@@ -30,10 +32,14 @@ import numpy as np
 from kv_references import Gloo, Memcpy, PlainTcp
 from phasewise.engine.layout import KVLayout
 from phasewise.engine.request import TransferAddress, WorkerId
+from phasewise.kv_transfer.copier import Push
 from phasewise.kv_transfer.endpoint import KVEndpoint
 from phasewise.kv_transfer.events import Asked, Ended, Outcome, TransferConfig
 from phasewise.kv_transfer.layer_clock import finished_clock
+from phasewise.kv_transfer.lease_receiver import ReceiverTable
 from phasewise.kv_transfer.memory import PoolMemory
+from phasewise.kv_transfer.shm import ShmWriter
+from phasewise.kv_transfer.tcp import TcpReader, TcpWriter
 
 # 64 KiB a block: 8 KV heads of 64 in float16, 32 positions
 LAYOUT = KVLayout(
@@ -42,6 +48,7 @@ LAYOUT = KVLayout(
 NUM_BLOCKS = 128
 REFERENCES = {"memcpy": Memcpy, "plain_tcp": PlainTcp, "gloo": Gloo}
 OPTIONAL = {"nixl": "nixl", "mooncake": "mooncake"}  # engine: module; measured where installed
+BARE = {"bare_shm": "shm", "bare_tcp": "tcp"}
 Job = tuple[list[int], list[int]]
 TIMEOUT_S = 60.0
 
@@ -105,10 +112,69 @@ def _child(
     mapped = {
         name: PoolMemory.attach(os.dup(pool.fd), pool.num_bytes) for name, pool in pools.items()
     }
-    if engine in REFERENCES:
+    if engine in BARE:
+        _serve_reference(Bare(BARE[engine], role, mapped, layout, peer), role, control)
+    elif engine in REFERENCES:
         _serve_reference(REFERENCES[engine](role, mapped, layout, peer), role, control)
     else:
         asyncio.run(_serve_endpoint(engine, role, mapped[role], layout, peer, control))
+
+
+class Bare:
+    """A transport with a byte for an acknowledgement: what an endpoint's latency is made of."""
+
+    def __init__(
+        self,
+        transport: str,
+        role: str,
+        pools: dict[str, PoolMemory],
+        layout: KVLayout,
+        peer: Connection,
+    ) -> None:
+        self.plain = PlainTcp(role, pools, layout, peer)
+        self.layout, sock = layout, self.plain.sock
+        self.table = ReceiverTable(
+            num_layers=layout.num_layers, block_bytes=layout.block_bytes, lease_s=3600.0
+        )
+        self.reader = None
+        if transport == "shm":
+            self.writer = ShmWriter(pools["prefill"], layout, pools["decode"], layout)
+        else:
+            self.writer = TcpWriter(pools[role], layout, sock)
+            self.reader = TcpReader(sock, pools[role], layout, self.table, 1)
+
+    def prefill(self, source: list[int], target: list[int]) -> None:
+        push = Push(
+            lease=1,
+            generation=self.table_generation(target),
+            first=0,
+            source=tuple(source),
+            target=tuple(target),
+            clock=finished_clock(self.layout.num_layers),
+        )
+        self.writer.write(push, range(self.layout.num_layers))
+        if self.reader is None:
+            self.plain.sock.sendall(b"s")
+        assert self.plain.sock.recv(1) == b"k"
+
+    def decode(self, source: list[int], target: list[int]) -> None:
+        self.table_generation(target)
+        entry = self.table.get(1)
+        assert entry is not None and entry.covered is not None
+        if self.reader is None:
+            assert self.plain.sock.recv(1) == b"s"
+        while self.reader is not None and min(entry.covered) < len(target):
+            select.select([self.plain.sock], [], [])
+            self.reader.read(0.0)
+        self.plain.sock.sendall(b"k")
+
+    def table_generation(self, target: list[int]) -> int:
+        """Both sides grant alike, so that they agree without a word."""
+        self.table.lost(1, "next", drained=True)
+        self.table.fetch(1, WorkerId(name="p", incarnation=1), 1, tuple(target), 0, True, 0.0)
+        entry = self.table.get(1)
+        assert entry is not None
+        return entry.generation
 
 
 def _serve_reference(engine: Any, role: str, control: Connection) -> None:
@@ -267,7 +333,7 @@ def main() -> None:
         print(f"skipped: {engine}: {why}", file=sys.stderr)
     engines = [*REFERENCES, "shm", "tcp"]
     seconds = measure_throughput(engines, arguments.repeats)
-    block = measure_block(engines, arguments.repeats)
+    block = measure_block([*engines, *BARE], arguments.repeats)
     size = LAYOUT.num_layers * NUM_BLOCKS * LAYOUT.block_bytes
     rows = [
         Row(
@@ -284,10 +350,13 @@ def main() -> None:
     for row in rows:
         line = f"{row.engine:10} {row.gb_per_s:7.2f} {row.ratio:9.2f} {row.block_us:11.0f}"
         print(line, file=sys.stderr)
+    for engine in BARE:
+        print(f"{engine:10} {'':7} {'':9} {block[engine] * 1e6:11.0f}", file=sys.stderr)
     if arguments.json:
         report = {
             "job_bytes": size,
             "load": os.getloadavg()[0],
+            "bare_block_us": {engine: block[engine] * 1e6 for engine in BARE},
             "rows": [
                 {name: getattr(row, name) for name in ("engine", "gb_per_s", "ratio", "block_us")}
                 for row in rows

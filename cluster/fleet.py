@@ -12,7 +12,7 @@ import enum
 from collections.abc import Callable, Iterator, Sequence
 
 from ..engine.errors import PhasewiseError
-from .policies import WorkerView
+from ..engine.routing import WorkerView
 from .proto import phasewise_pb2 as front
 from .worker_link import LinkTimes, WorkerLink
 

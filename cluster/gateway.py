@@ -16,13 +16,13 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from ..engine.errors import InvalidConfig, Unavailable
+from ..engine.routing import POLICIES
 from .admin import AdminService
 from .admission import Admission, AdmissionLimits
 from .fleet import Fleet, WorkerState
 from .generation import GenerationService
 from .http import HttpServer
 from .metrics import Metrics
-from .policies import POLICIES
 from .proto import phasewise_pb2 as pb
 from .proto import phasewise_pb2_grpc as pb_grpc
 from .router import Router, RouterLimits

@@ -74,14 +74,17 @@ class RayLauncher:
         self._actors: dict[WorkerId, Any] = {}
         self._processes: dict[WorkerId, Process] = {}  # of workers on this machine
 
-    async def open(self) -> None:
-        """A Ray with a place for every worker. Raises InvalidConfig or LaunchError."""
+    async def open(self, connected: Callable[[], None]) -> None:
+        """A Ray with a place for every worker; `connected` is called as soon as Ray runs.
+        Raises InvalidConfig or LaunchError."""
         if self._address is None:
             has = resources_here()
             check_room(self._asked, has)
             await self._run(lambda: self._start_ray(has))
+            connected()
         else:
             await self._run(self._join_ray)
+            connected()
             check_room(self._asked, await self._run(ray.cluster_resources))
         await self._run(self._place)
 

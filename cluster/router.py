@@ -23,11 +23,11 @@ from ..engine.errors import (
     Unavailable,
 )
 from ..engine.request import FinishReason, Request
+from ..engine.routing import LeastOutstandingTokens, Policy
 from . import wire
 from .admission import Admitted
 from .fleet import Fleet, Worker
 from .metrics import Metrics
-from .policies import LeastOutstandingTokens, Policy
 from .proto import worker_pb2 as pb
 from .served_model import ServedModel
 from .stream import Generation, TokenStream

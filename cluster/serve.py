@@ -53,6 +53,10 @@ class Signals:
         self.first = asyncio.Event()
         self.second = asyncio.Event()
         self.third = asyncio.Event()
+        self.install()
+
+    def install(self) -> None:
+        """Idempotent; once more after something else has put its own handlers there."""
         loop = asyncio.get_running_loop()
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, self._count)
@@ -71,7 +75,7 @@ async def _serve(config: ClusterConfig, *, as_json: bool) -> int:
 
     service = Service(config)
     killer = asyncio.create_task(_kill(service, signals.third))
-    start = asyncio.create_task(service.start())
+    start = asyncio.create_task(service.start(signals.install))
     if not await _done_before(start, signals.first):
         start.cancel()  # it takes back what it has started so far
         await asyncio.wait({start})

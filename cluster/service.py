@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import os
 import time
+from collections.abc import Callable
 
 from ..configs.schema import ClusterConfig
 from .gateway import Gateway, GatewaySettings
@@ -44,11 +45,15 @@ class Service:
             silence_s=SILENCE_S,
         )
 
-    async def start(self) -> None:
-        """Everything, or an error and nothing. Raises InvalidConfig, LaunchError, Unavailable."""
+    async def start(self, connected: Callable[[], None] = lambda: None) -> None:
+        """Everything, or an error and nothing. Raises InvalidConfig, LaunchError, Unavailable.
+
+        `connected` is called once Ray runs: Ray puts its own handlers in the place of the
+        process's signal handlers.
+        """
         try:
             await self.gateway.start()  # a port that is taken is known before Ray is started
-            await self._launcher.open()
+            await self._launcher.open(connected)
             cores = len(os.sched_getaffinity(0))
             await self._supervisor.start(worker_specs(self.config, cores))
             await self.gateway.wait_ready(ATTACH_S)

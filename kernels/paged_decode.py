@@ -1,8 +1,8 @@
 """Attention of single query tokens over KV blocks, read where they lie. Numba, CPU.
 
-Each token with a span of KV heads is a task, so that a block is read from end to end: scores of the whole context go to a scratch row, the softmax runs
-over it once, then the values are summed. Nothing is gathered. The readable version is
-`reference.attend`.
+Each token with a span of KV heads is a task, so that a block is read from end to end. Scores of
+the whole context go to scratch rows, the softmax runs over them once, then the values are summed.
+Nothing is gathered. The readable version is `reference.attend`.
 """
 
 # pyright: reportCallIssue=false, reportPrivateImportUsage=false

@@ -64,7 +64,7 @@ def _sum_lanes(builder: ir.IRBuilder, vector: Any, lanes: int) -> Any:
         vector = builder.fadd(
             builder.shuffle_vector(vector, undefined, low),
             builder.shuffle_vector(vector, undefined, high),
-            flags=FAST,
+            flags=FAST,  # pyright: ignore[reportCallIssue]
         )
     return builder.extract_element(vector, ir.Constant(index, 0))
 

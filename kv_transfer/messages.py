@@ -19,6 +19,10 @@ class MalformedFrame(ValueError):
     """Bytes that are no message of ours: the connection they came by is worth nothing."""
 
 
+class LostFraming(MalformedFrame):
+    """Nor can it be told where the next message starts."""
+
+
 @dataclass(frozen=True, slots=True)
 class Ask:
     """Sender: grant me `num_blocks` blocks. `attempt` tells one ask for a lease from the next."""
@@ -185,17 +189,24 @@ def decode(body: bytes | memoryview) -> Message:
 
 
 def split(buffer: bytearray) -> list[Message]:
-    """Take the complete frames off the front of `buffer`."""
+    """Take the complete frames off the front of `buffer`.
+
+    A malformed one is taken off too before it raises: a dying connection is still read, for the
+    peer's word that its copier is out.
+    """
     messages: list[Message] = []
     start = 0
-    while len(buffer) - start >= _LENGTH.size:
-        (length,) = _LENGTH.unpack_from(buffer, start)
-        if length > MAX_FRAME:
-            raise MalformedFrame(f"frame of {length} bytes; at most {MAX_FRAME} are taken")
-        end = start + _LENGTH.size + length
-        if len(buffer) < end:
-            break
-        messages.append(decode(bytes(buffer[start + _LENGTH.size : end])))
-        start = end
-    del buffer[:start]
+    try:
+        while len(buffer) - start >= _LENGTH.size:
+            (length,) = _LENGTH.unpack_from(buffer, start)
+            if length > MAX_FRAME:
+                raise LostFraming(f"frame of {length} bytes; at most {MAX_FRAME} are taken")
+            end = start + _LENGTH.size + length
+            if len(buffer) < end:
+                break
+            body = bytes(buffer[start + _LENGTH.size : end])
+            start = end
+            messages.append(decode(body))
+    finally:
+        del buffer[:start]
     return messages

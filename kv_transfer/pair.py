@@ -67,13 +67,11 @@ class Pair:
 
     def read(self) -> list[Message]:
         """What has arrived. Raises MalformedFrame, OSError at the end of the connection."""
-        try:
+        with contextlib.suppress(BlockingIOError):
             data = self.sock.recv(_READ_BYTES)
-        except BlockingIOError:
-            return []
-        if not data:
-            raise ConnectionResetError("connection closed")
-        self.inbox += data
+            if not data:
+                raise ConnectionResetError("connection closed")
+            self.inbox += data
         return split(self.inbox)
 
     def write(self, message: Message) -> bool:

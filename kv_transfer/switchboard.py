@@ -22,7 +22,7 @@ from .events import PeerRefused, PeerUnavailable, TransferConfig
 from .lease import Action
 from .lease_receiver import ReceiverTable
 from .memory import CANARY_SLOT_BYTES, PoolMemory
-from .messages import Abort, Bye, Canary, MalformedFrame, Message, Ready
+from .messages import Abort, Bye, Canary, LostFraming, MalformedFrame, Message, Ready
 from .pair import Life, Pair
 from .shm import ShmWriter
 from .tcp import TcpReader, TcpWriter
@@ -293,16 +293,26 @@ class Switchboard:
             return
         try:
             messages = pair.read()
-        except (OSError, MalformedFrame) as error:
+        except MalformedFrame as error:
+            self._on_babble(pair, error)
+            return
+        except OSError as error:
             self._loop.remove_reader(pair.sock)
-            if isinstance(error, MalformedFrame):
-                self.counters["malformed"] += 1
             self.fault(pair, str(error))
             self._learn(pair)
             return
         pair.heard_s = self._loop.time()
         for message in messages:
             self._on_message(pair, message)
+
+    def _on_babble(self, pair: Pair, error: MalformedFrame) -> None:
+        """The pair is given up, but read on, where that can be, until the peer is out."""
+        self.counters["malformed"] += 1
+        if isinstance(error, LostFraming):
+            self._loop.remove_reader(pair.sock)
+        else:
+            self._loop.call_soon(self._on_control, pair)
+        self.fault(pair, str(error))
 
     def _on_message(self, pair: Pair, message: Message) -> None:
         if isinstance(message, Bye):

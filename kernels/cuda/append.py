@@ -5,7 +5,7 @@ writes nothing. The readable versions are `kernels.reference.append`, `rms_norm`
 `reference.append_fp8`.
 """
 
-# ruff: noqa: ANN001
+# ruff: noqa: ANN001, ANN202
 from __future__ import annotations
 
 import triton
@@ -35,7 +35,7 @@ def append_kernel(
     slot = tl.load(slots + token)
     heads = tl.arange(0, HEADS_PAD)[:, None]
     dims = tl.arange(0, DIM_PAD)[None, :]
-    cells = (heads < KV_HEADS) & (dims < DIM) & (slot >= 0)
+    cells = (heads < tl.where(slot >= 0, KV_HEADS, 0)) & (dims < DIM)
     SIDE: tl.constexpr = KV_HEADS * BLOCK_SIZE * DIM
     line = slot // BLOCK_SIZE * (2 * SIDE) + slot % BLOCK_SIZE * DIM
     target = kv + line + heads * (BLOCK_SIZE * DIM) + dims
@@ -96,7 +96,7 @@ def rope_append_kernel(
     DIM: tl.constexpr = 2 * HALF
     cells = (head < HEADS + 2 * KV_HEADS) & (dims < HALF)
     is_query = head < HEADS
-    is_value = head >= HEADS + KV_HEADS
+    turned = head < HEADS + KV_HEADS  # values are neither normalised nor rotated
     source = qkv + token * qkv_stride + head * DIM + dims
     left = tl.load(source, mask=cells, other=0.0).to(tl.float32)
     right = tl.load(source + HALF, mask=cells, other=0.0).to(tl.float32)
@@ -110,24 +110,23 @@ def rope_append_kernel(
         left_normed = (left * factor).to(kind).to(tl.float32) * own
         own = tl.load(weight + HALF, mask=cells, other=0.0).to(tl.float32)
         right_normed = (right * factor).to(kind).to(tl.float32) * own
-        left = tl.where(is_value, left, left_normed.to(kind).to(tl.float32))
-        right = tl.where(is_value, right, right_normed.to(kind).to(tl.float32))
+        left = tl.where(turned, left_normed.to(kind).to(tl.float32), left)
+        right = tl.where(turned, right_normed.to(kind).to(tl.float32), right)
     if ROTATED:
         turn = angles + tl.load(positions + token) * DIM + dims
-        turned = (dims < HALF) & (is_value == 0)
-        cos = tl.load(turn, mask=turned, other=1.0)
-        sin = tl.load(turn + HALF, mask=turned, other=0.0)
+        cos = tl.load(turn, mask=turned & cells, other=1.0)
+        sin = tl.load(turn + HALF, mask=turned & cells, other=0.0)
         left, right = left * cos - right * sin, right * cos + left * sin
     slot = tl.load(slots + token)
     SIDE: tl.constexpr = KV_HEADS * BLOCK_SIZE * DIM
     line = slot // BLOCK_SIZE * (2 * SIDE) + slot % BLOCK_SIZE * DIM
     # Keys and then values of a block lie head by head, as they do in `qkv`.
     target = kv + line + (head - HEADS) * (BLOCK_SIZE * DIM) + dims
-    stays = cells & (is_query if STORED else is_value == 0)
+    stays = cells & (is_query if STORED else turned)
     tl.store(source, left.to(kind), mask=stays)
     tl.store(source + HALF, right.to(kind), mask=stays)
     if STORED:
-        moves = cells & (head >= HEADS) & (slot >= 0)
+        moves = cells & (head >= tl.where(slot >= 0, HEADS, HEADS + 2 * KV_HEADS))
         tl.store(target, left.to(kind), mask=moves)
         tl.store(target + HALF, right.to(kind), mask=moves)
 
@@ -182,6 +181,18 @@ def rope_append(
 
 
 @triton.jit
+def _to_e4m3_grid(x):
+    """float32 x rounded to the nearest value of e4m3, ties to even.
+
+    What the conversion does on a GPU; Triton's interpreter drops the carry out of the mantissa.
+    """
+    bits = x.to(tl.int32, bitcast=True)
+    normal = ((bits + 0x7FFFF + ((bits >> 20) & 1)) & ~0xFFFFF).to(tl.float32, bitcast=True)
+    subnormal = (x + 24576.0) - 24576.0  # 1.5 * 2**14: what is left has steps of 2**-9
+    return tl.where(tl.abs(x) < 0.015625, subnormal, normal)
+
+
+@triton.jit
 def append_fp8_kernel(
     kv,
     scales,
@@ -198,6 +209,7 @@ def append_fp8_kernel(
     DIM_PAD: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     SIZE_PAD: tl.constexpr,
+    INTERPRETED: tl.constexpr,
 ) -> None:
     row = tl.program_id(0)
     begin = tl.load(token_starts + row)
@@ -228,6 +240,8 @@ def append_fp8_kernel(
     target = kv + here * (BLOCK_SIZE * DIM) + tl.arange(0, SIZE_PAD)[:, None] * DIM + dims
     old = tl.load(target, mask=is_old, other=0.0).to(tl.float32)
     both = tl.where(is_old, old * old_scale, new) / scale
+    if INTERPRETED:
+        both = _to_e4m3_grid(both)
     tl.store(target, both.to(kv.dtype.element_ty), mask=is_old | is_new)
     tl.store(scales + here, scale)
 
@@ -271,5 +285,6 @@ def append_fp8(
         DIM_PAD=triton.next_power_of_2(dim),
         BLOCK_SIZE=size,
         SIZE_PAD=triton.next_power_of_2(size),
+        INTERPRETED=k.device.type == "cpu",
         num_warps=2,
     )

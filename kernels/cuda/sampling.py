@@ -19,6 +19,7 @@ from torch import Tensor
 from .philox import uniform
 
 _TILE = 4096
+_DRAW_TILE = 2048  # three running sums of it, in 64 bits, stay in registers
 _NO_PLACE = tl.constexpr(2**31 - 1)
 _TINY = tl.constexpr(1.1754943508222875e-38)  # smallest normal float32
 
@@ -75,7 +76,7 @@ def _threshold(row_keys, vocab, floor, needed, ID_BITS: tl.constexpr, TILE: tl.c
     found = needed * 0
     for step in range(32):
         shift = tl.maximum(61 - 2 * step, 0)
-        quarter = found * 0 + 1 << shift
+        quarter = (found * 0 + 1) << shift
         one = tl.zeros([TILE], tl.int64)
         two = tl.zeros([TILE], tl.int64)
         three = tl.zeros([TILE], tl.int64)
@@ -149,8 +150,8 @@ def draw_kernel(
     tl.store(token_ids + row, token_id)
 
 
-def _tile(vocab: int) -> int:
-    return min(_TILE, triton.next_power_of_2(vocab))
+def _tile(vocab: int, largest: int = _TILE) -> int:
+    return min(largest, triton.next_power_of_2(vocab))
 
 
 def argmax(logits: Tensor) -> tuple[Tensor, Tensor]:
@@ -210,7 +211,7 @@ def draw(
             positions,
             vocab,
             ID_BITS=vocab.bit_length(),
-            TILE=_tile(vocab),
+            TILE=_tile(vocab, _DRAW_TILE),
             num_warps=16,
         )
     return token_ids

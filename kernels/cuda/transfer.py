@@ -23,7 +23,7 @@ _TILE = 2048  # words of 8 bytes a program moves: four accesses of 16 bytes a th
 
 @triton.jit
 def copy_kernel(
-    source,
+    source,  # addresses and strides in bytes
     target,
     source_blocks,
     target_blocks,
@@ -36,6 +36,7 @@ def copy_kernel(
     words,
     pieces,
     WORD: tl.constexpr,  # bytes
+    ALIGNED: tl.constexpr,  # every address and stride is a multiple of 16 bytes
     SOURCE_DENSE: tl.constexpr,
     TARGET_DENSE: tl.constexpr,
     TILE: tl.constexpr,
@@ -50,14 +51,18 @@ def copy_kernel(
     goal = index.to(tl.int64)
     if not TARGET_DENSE:
         goal = tl.load(target_blocks + index).to(tl.int64)
+    read = source + layer * source_layer + origin * source_block + piece * source_piece
+    write = target + layer * target_layer + goal * target_block + piece * target_piece
     if WORD == 8:
-        read = source.to(tl.pointer_type(tl.int64))
-        write = target.to(tl.pointer_type(tl.int64))
+        read = read.to(tl.pointer_type(tl.int64))
+        write = write.to(tl.pointer_type(tl.int64))
     else:
-        read = source.to(tl.pointer_type(tl.int32))
-        write = target.to(tl.pointer_type(tl.int32))
-    read += layer * source_layer + origin * source_block + piece * source_piece
-    write += layer * target_layer + goal * target_block + piece * target_piece
+        read = read.to(tl.pointer_type(tl.int32))
+        write = write.to(tl.pointer_type(tl.int32))
+    if ALIGNED:
+        # What is known of an integer is forgotten when it becomes an address.
+        read = tl.multiple_of(read, 16)
+        write = tl.multiple_of(write, 16)
     place = tl.program_id(0) * TILE + tl.arange(0, TILE)
     kept = place < words
     tl.store(write + place, tl.load(read + place, mask=kept), mask=kept)
@@ -114,11 +119,11 @@ def copy_blocks(
     The target's blocks must differ from one another, and from what is read. Grid: parts of a
     piece, blocks x pieces, layers.
     """
-    sizes = (source, target)
-    strides = [n for p in sizes for n in (p.address, p.layer_stride, p.block_stride)]
-    strides += [piece_bytes, source.piece_stride, target.piece_stride]
-    word = 8 if all(n % 8 == 0 for n in strides) else 4
-    assert all(n % word == 0 for n in strides), "blocks are whole 4-byte words"
+    numbers = [piece_bytes]
+    for place in (source, target):
+        numbers += [place.address, place.layer_stride, place.block_stride, place.piece_stride]
+    word = 8 if all(n % 8 == 0 for n in numbers) else 4
+    assert all(n % word == 0 for n in numbers), "blocks are whole 4-byte words"
     if num_layers == 0 or num_blocks == 0:
         return
     words = piece_bytes // word
@@ -128,15 +133,16 @@ def copy_blocks(
         target.address,
         source.blocks,
         target.blocks,
-        source.layer_stride // word,
-        target.layer_stride // word,
-        source.block_stride // word,
-        target.block_stride // word,
-        source.piece_stride // word,
-        target.piece_stride // word,
+        source.layer_stride,
+        target.layer_stride,
+        source.block_stride,
+        target.block_stride,
+        source.piece_stride,
+        target.piece_stride,
         words,
         pieces,
         WORD=word,
+        ALIGNED=all(n % 16 == 0 for n in numbers),
         SOURCE_DENSE=source.blocks is None,
         TARGET_DENSE=target.blocks is None,
         TILE=tile,

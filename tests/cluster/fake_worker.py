@@ -9,14 +9,18 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
+from typing import Any
 
 import grpc
 from phasewise.cluster.proto import worker_pb2 as pb
 from phasewise.cluster.proto.worker_pb2_grpc import WorkerServicer, add_WorkerServicer_to_server
 
 VOCAB = 256
+
+Run = Callable[[Any], Any]  # of the fixture `run`
+Serving = Callable[..., Any]  # of the fixture `serving`
 INCARNATIONS = itertools.count(1)
 
 
@@ -69,7 +73,7 @@ class FakeWorker(WorkerServicer):
         if server is not None:
             await server.stop(None)
 
-    async def Describe(self, request, context):
+    async def Describe(self, request: Any, context: Any) -> pb.Description:
         return pb.Description(
             worker=self.ref,
             role=self.role,
@@ -83,7 +87,7 @@ class FakeWorker(WorkerServicer):
     def load(self) -> pb.Load:
         return pb.Load(running=len(self.rows), blocks=pb.Blocks(total=64, free=64))
 
-    async def Attach(self, request_iterator, context) -> AsyncIterator[pb.FromWorker]:
+    async def Attach(self, request_iterator: Any, context: Any) -> AsyncIterator[pb.FromWorker]:
         self.rows.clear()
         reader = asyncio.create_task(self._read(request_iterator))
         try:
@@ -97,7 +101,7 @@ class FakeWorker(WorkerServicer):
             with contextlib.suppress(asyncio.CancelledError):
                 await reader
 
-    async def _read(self, messages) -> None:
+    async def _read(self, messages: Any) -> None:
         async for message in messages:
             for submit in message.submit:
                 self.submits.append(submit)

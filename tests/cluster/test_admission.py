@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import math
+from typing import Any
 
 import pytest
-from phasewise.cluster.admission import Admission, AdmissionLimits
+from phasewise.cluster.admission import Admission, AdmissionLimits, Admitted
 from phasewise.cluster.proto import phasewise_pb2 as pb
 from phasewise.cluster.served_model import ServedModel
 from phasewise.engine.errors import InvalidRequest
@@ -14,7 +15,7 @@ from phasewise.engine.errors import InvalidRequest
 SERVED = ServedModel(name="m", vocab_size=100, max_model_len=32)
 
 
-def admit(**fields):
+def admit(**fields: Any) -> Admitted:
     fields = {"token_ids": [1, 2], **fields}
     admission = Admission(SERVED, AdmissionLimits(), clock=lambda: 5.0)
     return asyncio.run(admission.admit(pb.GenerateRequest(**fields)))
@@ -73,14 +74,16 @@ def admit(**fields):
         ("request_id", {"request_id": "a" * 300}),
     ],
 )
-def test_bad_request_is_refused_by_the_name_of_its_field(field, fields):
+def test_bad_request_is_refused_by_the_name_of_its_field(
+    field: str, fields: dict[str, Any]
+) -> None:
     with pytest.raises(InvalidRequest) as caught:
         admit(**fields)
     assert caught.value.field == field
     assert caught.value.reason and caught.value.remedy
 
 
-def test_what_is_left_out_takes_the_defaults_of_the_field():
+def test_what_is_left_out_takes_the_defaults_of_the_field() -> None:
     admitted = admit()
     sampling = admitted.sampling
     assert (sampling.max_tokens, sampling.temperature, sampling.top_p) == (16, 1.0, 1.0)
@@ -89,7 +92,7 @@ def test_what_is_left_out_takes_the_defaults_of_the_field():
     assert admit().sampling.seed != sampling.seed
 
 
-def test_bounds_themselves_are_allowed():
+def test_bounds_themselves_are_allowed() -> None:
     admitted = admit(
         token_ids=[0, 99] + [1] * 29,
         top_p=1.0,
@@ -107,10 +110,10 @@ def test_bounds_themselves_are_allowed():
     assert admitted.priority == -3
 
 
-def test_max_tokens_beyond_the_model_is_cut_to_the_room():
+def test_max_tokens_beyond_the_model_is_cut_to_the_room() -> None:
     assert admit(token_ids=[1] * 30, max_tokens=1000).sampling.max_tokens == 2
 
 
-def test_streams_of_one_request_draw_differently_and_repeatably():
+def test_streams_of_one_request_draw_differently_and_repeatably() -> None:
     first, again = ([r.sampling.seed for r in admit(n=4, seed=9).requests()] for _ in range(2))
     assert first == again and first[0] == 9 and len(set(first)) == 4

@@ -6,6 +6,7 @@ import asyncio
 import subprocess
 import sys
 import threading
+from typing import Any
 
 import grpc
 import pytest
@@ -19,15 +20,15 @@ from phasewise.engine.errors import (
     PhasewiseError,
     Unavailable,
 )
-from phasewise.tests.cluster.fake_worker import expected
+from phasewise.tests.cluster.fake_worker import Run, Serving, expected
 
 
-def in_thread(function):
+def in_thread(function: Any) -> Any:
     return asyncio.to_thread(function)
 
 
-def test_sync_client_streams_tokens_usage_and_timings(run, serving):
-    def use(address: str):
+def test_sync_client_streams_tokens_usage_and_timings(run: Run, serving: Serving) -> None:
+    def use(address: str) -> Any:
         with Client(address) as client:
             client.wait_ready(5)
             pieces = list(
@@ -35,7 +36,7 @@ def test_sync_client_streams_tokens_usage_and_timings(run, serving):
             )
             return pieces, client.status(), client.abort("nobody")
 
-    async def scenario():
+    async def scenario() -> None:
         async with serving() as (gateway, *_):
             pieces, status, found = await in_thread(lambda: use(gateway.grpc_address))
             assert [i for p in pieces for i in p.token_ids] == expected([3, 4], 6)
@@ -48,8 +49,8 @@ def test_sync_client_streams_tokens_usage_and_timings(run, serving):
     run(scenario())
 
 
-def test_closing_a_sync_generator_cancels_its_request(run, serving):
-    def use(address: str):
+def test_closing_a_sync_generator_cancels_its_request(run: Run, serving: Serving) -> None:
+    def use(address: str) -> Any:
         with Client(address) as client:
             pieces = client.generate(token_ids=[1], max_tokens=500)
             next(pieces)
@@ -58,7 +59,7 @@ def test_closing_a_sync_generator_cancels_its_request(run, serving):
 
     closed = threading.Event()
 
-    async def scenario():
+    async def scenario() -> None:
         async with serving() as (gateway, *_):
             using = asyncio.create_task(in_thread(lambda: use(gateway.grpc_address)))
             async with asyncio.timeout(5):
@@ -70,8 +71,8 @@ def test_closing_a_sync_generator_cancels_its_request(run, serving):
     run(scenario())
 
 
-def test_abort_from_another_call_raises_cancelled(run, serving):
-    async def scenario():
+def test_abort_from_another_call_raises_cancelled(run: Run, serving: Serving) -> None:
+    async def scenario() -> None:
         async with serving() as (gateway, *_), AsyncClient(gateway.grpc_address) as client:
             with pytest.raises(Cancelled):
                 async for _ in client.generate(token_ids=[1], max_tokens=500, request_id="me"):
@@ -80,7 +81,9 @@ def test_abort_from_another_call_raises_cancelled(run, serving):
     run(scenario())
 
 
-def test_misspelt_or_mistyped_parameter_is_refused_before_the_call(run, serving):
+def test_misspelt_or_mistyped_parameter_is_refused_before_the_call(
+    run: Run, serving: Serving
+) -> None:
     with Client("127.0.0.1:1") as client:
         with pytest.raises(InvalidRequest, match="temprature"):
             next(client.generate(token_ids=[1], temprature=1))
@@ -88,7 +91,7 @@ def test_misspelt_or_mistyped_parameter_is_refused_before_the_call(run, serving)
             next(client.generate(token_ids=[1], max_tokens="many"))
 
 
-def test_refused_connection_is_unavailable():
+def test_refused_connection_is_unavailable() -> None:
     with Client("127.0.0.1:1") as client, pytest.raises(Unavailable):
         list(client.generate(token_ids=[1]))
 
@@ -104,18 +107,18 @@ def test_refused_connection_is_unavailable():
         PhasewiseError("internal error: x"),
     ],
 )
-def test_named_errors_survive_the_wire(error):
+def test_named_errors_survive_the_wire(error: Any) -> None:
     again = error_from_status(grpc_code(error), str(error), trailing_metadata(error))
     assert type(again) is type(error) and str(again) == str(error)
     assert vars(again) == vars(error)
 
 
-def test_status_of_a_stranger_keeps_its_sentence():
+def test_status_of_a_stranger_keeps_its_sentence() -> None:
     error = error_from_status(grpc.StatusCode.UNIMPLEMENTED, "no such method", None)
     assert type(error) is PhasewiseError and "no such method" in str(error)
 
 
-def test_client_loads_neither_torch_nor_ray():
+def test_client_loads_neither_torch_nor_ray() -> None:
     code = (
         "import sys, phasewise.cluster.client; "
         "sys.exit(bool({'torch', 'ray', 'transformers'} & set(sys.modules)))"

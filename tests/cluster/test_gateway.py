@@ -15,7 +15,7 @@ from phasewise.cluster.proto import phasewise_pb2 as pb
 from phasewise.cluster.proto.phasewise_pb2_grpc import GenerationStub
 from phasewise.cluster.served_model import ServedModel
 from phasewise.engine.errors import InvalidConfig, InvalidRequest, Unavailable
-from phasewise.tests.cluster.fake_worker import VOCAB, expected
+from phasewise.tests.cluster.fake_worker import VOCAB, Run, Serving, expected
 
 SERVED = ServedModel(name="fake", vocab_size=VOCAB, max_model_len=512)
 
@@ -26,8 +26,8 @@ async def health_of(channel: grpc.aio.Channel, service: str) -> int:
     return answer.status
 
 
-def test_health_follows_whether_some_workers_can_serve(run, serving):
-    async def scenario():
+def test_health_follows_whether_some_workers_can_serve(run: Run, serving: Serving) -> None:
+    async def scenario() -> None:
         async with (
             serving() as (gateway, _, decodes),
             grpc.aio.insecure_channel(gateway.grpc_address) as channel,
@@ -45,8 +45,8 @@ def test_health_follows_whether_some_workers_can_serve(run, serving):
     run(scenario())
 
 
-def test_reflection_names_the_services(run, serving):
-    async def scenario():
+def test_reflection_names_the_services(run: Run, serving: Serving) -> None:
+    async def scenario() -> None:
         async with (
             serving() as (gateway, *_),
             grpc.aio.insecure_channel(gateway.grpc_address) as channel,
@@ -62,8 +62,8 @@ def test_reflection_names_the_services(run, serving):
     run(scenario())
 
 
-def test_refusal_carries_field_and_remedy_in_trailing_metadata(run, serving):
-    async def scenario():
+def test_refusal_carries_field_and_remedy_in_trailing_metadata(run: Run, serving: Serving) -> None:
+    async def scenario() -> None:
         async with (
             serving() as (gateway, *_),
             grpc.aio.insecure_channel(gateway.grpc_address) as channel,
@@ -78,8 +78,8 @@ def test_refusal_carries_field_and_remedy_in_trailing_metadata(run, serving):
     run(scenario())
 
 
-def test_prompt_of_a_million_tokens_is_refused_by_its_length(run, serving):
-    async def scenario():
+def test_prompt_of_a_million_tokens_is_refused_by_its_length(run: Run, serving: Serving) -> None:
+    async def scenario() -> None:
         async with (
             serving() as (gateway, *_),
             AsyncClient(gateway.grpc_address) as client,
@@ -91,8 +91,8 @@ def test_prompt_of_a_million_tokens_is_refused_by_its_length(run, serving):
     run(scenario())
 
 
-def test_deadline_of_the_call_is_the_deadline_of_the_request(run, serving):
-    async def scenario():
+def test_deadline_of_the_call_is_the_deadline_of_the_request(run: Run, serving: Serving) -> None:
+    async def scenario() -> None:
         async with (
             serving() as (gateway, prefills, _),
             grpc.aio.insecure_channel(gateway.grpc_address) as channel,
@@ -110,8 +110,8 @@ def test_deadline_of_the_call_is_the_deadline_of_the_request(run, serving):
     run(scenario())
 
 
-def test_client_that_goes_away_frees_the_workers(run, serving):
-    async def scenario():
+def test_client_that_goes_away_frees_the_workers(run: Run, serving: Serving) -> None:
+    async def scenario() -> None:
         async with serving() as (gateway, _, decodes):
             async with AsyncClient(gateway.grpc_address) as client:
                 async for _ in client.generate(token_ids=[1], max_tokens=500):
@@ -125,8 +125,10 @@ def test_client_that_goes_away_frees_the_workers(run, serving):
     run(scenario())
 
 
-def test_slow_client_gets_fewer_and_larger_pieces_and_every_token(run, serving):
-    async def scenario():
+def test_slow_client_gets_fewer_and_larger_pieces_and_every_token(
+    run: Run, serving: Serving
+) -> None:
+    async def scenario() -> None:
         async with serving(step_s=0.001) as (gateway, *_), AsyncClient(gateway.grpc_address) as c:
             pieces = []
             async for piece in c.generate(token_ids=[4], max_tokens=300):
@@ -138,8 +140,8 @@ def test_slow_client_gets_fewer_and_larger_pieces_and_every_token(run, serving):
     run(scenario())
 
 
-def test_status_shows_gateway_and_workers(run, serving):
-    async def scenario():
+def test_status_shows_gateway_and_workers(run: Run, serving: Serving) -> None:
+    async def scenario() -> None:
         async with serving() as (gateway, *_), AsyncClient(gateway.grpc_address) as client:
             assert [p async for p in client.generate(token_ids=[1], max_tokens=3)]
             status = await client.status()
@@ -154,8 +156,8 @@ def test_status_shows_gateway_and_workers(run, serving):
     run(scenario())
 
 
-def test_drained_gateway_refuses_and_is_not_serving(run, serving):
-    async def scenario():
+def test_drained_gateway_refuses_and_is_not_serving(run: Run, serving: Serving) -> None:
+    async def scenario() -> None:
         async with serving() as (gateway, *_), AsyncClient(gateway.grpc_address) as client:
             assert await client.drain() == 0
             with pytest.raises(Unavailable, match="shutting down"):
@@ -168,8 +170,8 @@ def test_drained_gateway_refuses_and_is_not_serving(run, serving):
     run(scenario())
 
 
-def test_drained_worker_gets_no_new_request(run, serving):
-    async def scenario():
+def test_drained_worker_gets_no_new_request(run: Run, serving: Serving) -> None:
+    async def scenario() -> None:
         async with serving(decode=2) as (gateway, _, decodes):
             async with AsyncClient(gateway.grpc_address) as client:
                 assert await client.drain("decode-0") == 0
@@ -181,8 +183,8 @@ def test_drained_worker_gets_no_new_request(run, serving):
 
 
 @pytest.mark.parametrize("front", ["grpc", "http"])
-def test_port_that_is_taken_is_named_and_nothing_listens(run, front):
-    async def scenario(address: str):
+def test_port_that_is_taken_is_named_and_nothing_listens(run: Run, front: str) -> None:
+    async def scenario(address: str) -> None:
         free = "127.0.0.1:0"
         settings = GatewaySettings(
             grpc_address=address if front == "grpc" else free,

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import json
+from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
+from phasewise.cluster.gateway import Gateway
 from phasewise.cluster.proto import worker_pb2 as worker
 from phasewise.cluster.served_model import ServedModel, load_served_model
 from phasewise.engine.errors import InvalidConfig
-from phasewise.tests.cluster.fake_worker import VOCAB, expected
+from phasewise.tests.cluster.fake_worker import VOCAB, Run, Serving, expected
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 TEMPLATE = (
@@ -42,12 +45,12 @@ def events(text: str) -> list:
     return [d if d == "[DONE]" else json.loads(d) for d in data]
 
 
-def client_of(gateway) -> httpx.AsyncClient:
+def client_of(gateway: Gateway) -> httpx.AsyncClient:
     return httpx.AsyncClient(base_url=f"http://{gateway.http_address}", timeout=10)
 
 
-def test_completion_has_text_usage_and_timings(run, serving):
-    async def scenario():
+def test_completion_has_text_usage_and_timings(run: Run, serving: Serving) -> None:
+    async def scenario() -> None:
         async with serving(http=True, served=SERVED) as (gateway, *_), client_of(gateway) as http:
             prompt = list(SERVED.encode("Hi"))
             body = {"prompt": "Hi", "max_tokens": 5, "return_token_ids": True, "logprobs": 1}
@@ -63,8 +66,8 @@ def test_completion_has_text_usage_and_timings(run, serving):
     run(scenario())
 
 
-def test_streamed_completion_ends_with_usage_and_done(run, serving):
-    async def scenario():
+def test_streamed_completion_ends_with_usage_and_done(run: Run, serving: Serving) -> None:
+    async def scenario() -> None:
         async with serving(http=True, served=SERVED) as (gateway, *_), client_of(gateway) as http:
             body = {
                 "prompt": [1, 2],
@@ -83,8 +86,10 @@ def test_streamed_completion_ends_with_usage_and_done(run, serving):
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_chat_goes_through_the_checkpoints_template(run, serving, stream):
-    async def scenario():
+def test_chat_goes_through_the_checkpoints_template(
+    run: Run, serving: Serving, stream: bool
+) -> None:
+    async def scenario() -> None:
         async with serving(http=True, served=SERVED) as (gateway, prefills, _):
             body = {
                 "messages": [{"role": "user", "content": [{"type": "text", "text": "Yo"}]}],
@@ -106,8 +111,10 @@ def test_chat_goes_through_the_checkpoints_template(run, serving, stream):
     run(scenario())
 
 
-def test_stop_string_ends_the_stream_and_is_not_part_of_the_text(run, serving):
-    async def scenario():
+def test_stop_string_ends_the_stream_and_is_not_part_of_the_text(
+    run: Run, serving: Serving
+) -> None:
+    async def scenario() -> None:
         async with serving(http=True, served=SERVED) as (gateway, prefills, decodes):
             prompt = [65]
             whole = SERVED.tokenizer.decode(expected(prompt, 60))
@@ -144,8 +151,10 @@ def test_stop_string_ends_the_stream_and_is_not_part_of_the_text(run, serving):
         ("body", [1]),
     ],
 )
-def test_bad_body_is_a_400_that_names_the_parameter(run, serving, param, body):
-    async def scenario():
+def test_bad_body_is_a_400_that_names_the_parameter(
+    run: Run, serving: Serving, param: str, body: Any
+) -> None:
+    async def scenario() -> None:
         async with serving(http=True, served=SERVED) as (gateway, *_), client_of(gateway) as http:
             answer = await http.post("/v1/completions", json=body)
             assert answer.status_code == 400
@@ -154,8 +163,8 @@ def test_bad_body_is_a_400_that_names_the_parameter(run, serving, param, body):
     run(scenario())
 
 
-def test_messages_that_the_template_refuses_are_a_400(run, serving):
-    async def scenario():
+def test_messages_that_the_template_refuses_are_a_400(run: Run, serving: Serving) -> None:
+    async def scenario() -> None:
         async with serving(http=True, served=SERVED) as (gateway, *_), client_of(gateway) as http:
             for messages in ([], [{"role": "bad", "content": "x"}], [{"content": "x"}], "x"):
                 answer = await http.post("/v1/chat/completions", json={"messages": messages})
@@ -165,8 +174,8 @@ def test_messages_that_the_template_refuses_are_a_400(run, serving):
     run(scenario())
 
 
-def test_error_before_the_first_token_has_a_status_and_a_delay(run, serving):
-    async def scenario():
+def test_error_before_the_first_token_has_a_status_and_a_delay(run: Run, serving: Serving) -> None:
+    async def scenario() -> None:
         async with serving(http=True, served=SERVED) as (gateway, _, decodes):
             full = worker.Failed(code=worker.Failed.OVERLOADED, reason="full", retry_after_s=3)
             decodes[0].fail_next = [full]
@@ -179,8 +188,10 @@ def test_error_before_the_first_token_has_a_status_and_a_delay(run, serving):
     run(scenario())
 
 
-def test_error_after_the_first_token_is_an_event_and_the_stream_ends_without_done(run, serving):
-    async def scenario():
+def test_error_after_the_first_token_is_an_event_and_the_stream_ends_without_done(
+    run: Run, serving: Serving
+) -> None:
+    async def scenario() -> None:
         async with serving(http=True, served=SERVED) as (gateway, _, decodes):
             decodes[0].stop_after = 3
             async with client_of(gateway) as http:
@@ -193,8 +204,8 @@ def test_error_after_the_first_token_is_an_event_and_the_stream_ends_without_don
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_http_client_that_goes_away_cancels(run, serving, stream):
-    async def scenario():
+def test_http_client_that_goes_away_cancels(run: Run, serving: Serving, stream: bool) -> None:
+    async def scenario() -> None:
         async with serving(http=True, served=SERVED) as (gateway, _, decodes):
             decodes[0].stalled = not stream
             body = {"prompt": "a", "max_tokens": 500, "stream": stream}
@@ -211,8 +222,8 @@ def test_http_client_that_goes_away_cancels(run, serving, stream):
     run(scenario())
 
 
-def test_models_health_and_metrics_answer(run, serving):
-    async def scenario():
+def test_models_health_and_metrics_answer(run: Run, serving: Serving) -> None:
+    async def scenario() -> None:
         async with serving(http=True, served=SERVED) as (gateway, *_), client_of(gateway) as http:
             assert (await http.get("/v1/models")).json()["data"][0]["id"] == "fake"
             assert (await http.get("/health")).status_code == 200
@@ -227,7 +238,7 @@ def test_models_health_and_metrics_answer(run, serving):
     run(scenario())
 
 
-def test_served_model_is_read_from_a_checkpoint(tmp_path):
+def test_served_model_is_read_from_a_checkpoint(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"vocab_size": 256, "eos_token_id": [1, 2]}')
     served = load_served_model(tmp_path, name="m", max_model_len=64)
     assert served.tokenizer is None and served.eos_token_ids == {1, 2}

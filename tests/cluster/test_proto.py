@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 from phasewise.cluster import wire
@@ -15,14 +16,14 @@ METHOD = re.compile(r"'(/phasewise\.[\w.]+/\w+)'")
 
 
 @pytest.fixture(scope="module")
-def regenerated(tmp_path_factory) -> Path:
+def regenerated(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("proto")
     proto.generate(out)
     return out
 
 
 @pytest.mark.parametrize("module", [phasewise_pb2, worker_pb2])
-def test_committed_messages_equal_those_generated_now(regenerated, module):
+def test_committed_messages_equal_those_generated_now(regenerated: Path, module: Any) -> None:
     """Descriptors are compared, so that another version of protoc may lay its code out anew."""
     name = module.DESCRIPTOR.name.rpartition("/")[2].removesuffix(".proto")
     text = (regenerated / f"{name}_pb2.py").read_text()
@@ -32,7 +33,7 @@ def test_committed_messages_equal_those_generated_now(regenerated, module):
 
 
 @pytest.mark.parametrize("name", proto.NAMES)
-def test_committed_services_equal_those_generated_now(regenerated, name):
+def test_committed_services_equal_those_generated_now(regenerated: Path, name: str) -> None:
     committed, now = (
         (folder / f"{name}_pb2_grpc.py").read_text() for folder in (proto.PROTO_DIR, regenerated)
     )
@@ -40,13 +41,13 @@ def test_committed_services_equal_those_generated_now(regenerated, name):
 
 
 @pytest.mark.parametrize("name", proto.NAMES)
-def test_committed_modules_ask_for_no_particular_runtime(name):
+def test_committed_modules_ask_for_no_particular_runtime(name: str) -> None:
     for suffix in proto.SUFFIXES:
         text = (proto.PROTO_DIR / (name + suffix)).read_text()
         assert "runtime_version" not in text and "GRPC_GENERATED_VERSION" not in text
 
 
-def test_requests_survive_the_wire():
+def test_requests_survive_the_wire() -> None:
     request = Request(
         id="a",
         token_ids=(1, 2, 3),
@@ -64,7 +65,7 @@ def test_requests_survive_the_wire():
     assert wire.request_from_pb(message, now_s=12.0) == request
 
 
-def test_addresses_survive_the_wire():
+def test_addresses_survive_the_wire() -> None:
     address = TransferAddress(
         worker=WorkerId(name="decode-0", incarnation=3), host_id="h", shm="s", tcp="t:1"
     )

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import random
+from typing import Any
 
 import pytest
 from phasewise.cluster.admission import Admitted
+from phasewise.cluster.gateway import Gateway
 from phasewise.cluster.output import Output
-from phasewise.cluster.policies import LeastOutstandingTokens, RoundRobin, WorkerView
 from phasewise.cluster.proto import worker_pb2 as pb
 from phasewise.engine.errors import (
     Cancelled,
@@ -19,12 +20,13 @@ from phasewise.engine.errors import (
     Unavailable,
 )
 from phasewise.engine.request import SamplingParams
-from phasewise.tests.cluster.fake_worker import FakeWorker, expected
+from phasewise.engine.routing import LeastOutstandingTokens, RoundRobin, WorkerView
+from phasewise.tests.cluster.fake_worker import FakeWorker, Run, Serving, expected
 
 PROMPT = [5, 6, 7]
 
 
-def admitted(name: str = "r", prompt: list[int] = PROMPT, **given) -> Admitted:
+def admitted(name: str = "r", prompt: list[int] = PROMPT, **given: Any) -> Admitted:
     sampling = {"max_tokens": 8, "temperature": 0.0, **given.pop("sampling", {})}
     return Admitted(
         id=name,
@@ -36,7 +38,7 @@ def admitted(name: str = "r", prompt: list[int] = PROMPT, **given) -> Admitted:
     )
 
 
-async def outputs(gateway, request: Admitted) -> list[Output]:
+async def outputs(gateway: Gateway, request: Admitted) -> list[Output]:
     return [o async for o in gateway.router.start(request).outputs()]
 
 
@@ -44,7 +46,7 @@ def tokens(pieces: list[Output], index: int = 0) -> list[int]:
     return [i for piece in pieces if piece.index == index for i in piece.token_ids]
 
 
-async def settled(gateway, workers: list[FakeWorker]) -> None:
+async def settled(gateway: Gateway, workers: list[FakeWorker]) -> None:
     """Until no worker holds a row and no slot or request is open."""
     async with asyncio.timeout(5):
         while (
@@ -55,8 +57,10 @@ async def settled(gateway, workers: list[FakeWorker]) -> None:
             await asyncio.sleep(0.005)
 
 
-def test_request_goes_through_prefill_and_decode_and_tells_where(run, serving):
-    async def scenario():
+def test_request_goes_through_prefill_and_decode_and_tells_where(
+    run: Run, serving: Serving
+) -> None:
+    async def scenario() -> None:
         async with serving() as (gateway, prefills, decodes):
             pieces = await outputs(gateway, admitted())
             assert tokens(pieces) == expected(PROMPT, 8)
@@ -75,8 +79,10 @@ def test_request_goes_through_prefill_and_decode_and_tells_where(run, serving):
     run(scenario())
 
 
-def test_one_token_request_ends_at_the_handoff_and_decode_is_let_go(run, serving):
-    async def scenario():
+def test_one_token_request_ends_at_the_handoff_and_decode_is_let_go(
+    run: Run, serving: Serving
+) -> None:
+    async def scenario() -> None:
         async with serving() as (gateway, prefills, decodes):
             pieces = await outputs(gateway, admitted(sampling={"max_tokens": 1}))
             assert tokens(pieces) == expected(PROMPT, 1)
@@ -86,8 +92,8 @@ def test_one_token_request_ends_at_the_handoff_and_decode_is_let_go(run, serving
     run(scenario())
 
 
-def test_without_a_prefill_pool_decode_computes_the_prompt(run, serving):
-    async def scenario():
+def test_without_a_prefill_pool_decode_computes_the_prompt(run: Run, serving: Serving) -> None:
+    async def scenario() -> None:
         async with serving(prefill=0, local_prefill="always") as (gateway, _, decodes):
             pieces = await outputs(gateway, admitted())
             assert tokens(pieces) == expected(PROMPT, 8)
@@ -97,8 +103,8 @@ def test_without_a_prefill_pool_decode_computes_the_prompt(run, serving):
     run(scenario())
 
 
-def test_short_prompts_skip_the_hop_where_configured(run, serving):
-    async def scenario():
+def test_short_prompts_skip_the_hop_where_configured(run: Run, serving: Serving) -> None:
+    async def scenario() -> None:
         async with serving(local_prefill_tokens=3) as (gateway, prefills, decodes):
             await outputs(gateway, admitted("short"))
             assert len(prefills[0].submits) == 0 and len(decodes[0].submits) == 1
@@ -109,8 +115,10 @@ def test_short_prompts_skip_the_hop_where_configured(run, serving):
     run(scenario())
 
 
-def test_handoff_without_a_grant_goes_to_a_decode_worker_that_is_there(run, serving):
-    async def scenario():
+def test_handoff_without_a_grant_goes_to_a_decode_worker_that_is_there(
+    run: Run, serving: Serving
+) -> None:
+    async def scenario() -> None:
         async with serving(decode=2) as (gateway, prefills, decodes):
             prefills[0].granted = False
             prefills[0].stalled = True
@@ -129,8 +137,8 @@ def test_handoff_without_a_grant_goes_to_a_decode_worker_that_is_there(run, serv
 
 
 @pytest.mark.parametrize("role", ["prefill", "decode"])
-def test_stream_goes_on_unbroken_when_a_worker_dies(run, serving, role):
-    async def scenario():
+def test_stream_goes_on_unbroken_when_a_worker_dies(run: Run, serving: Serving, role: str) -> None:
+    async def scenario() -> None:
         async with serving(prefill=2, decode=2) as (gateway, prefills, decodes):
             victims = prefills if role == "prefill" else decodes
             pending = [
@@ -155,8 +163,10 @@ def test_stream_goes_on_unbroken_when_a_worker_dies(run, serving, role):
     run(scenario())
 
 
-def test_continued_request_keeps_its_prompt_length_and_gets_a_new_name(run, serving):
-    async def scenario():
+def test_continued_request_keeps_its_prompt_length_and_gets_a_new_name(
+    run: Run, serving: Serving
+) -> None:
+    async def scenario() -> None:
         async with serving(decode=2) as (gateway, prefills, decodes):
             for worker in decodes:
                 worker.fail_next = []
@@ -176,8 +186,10 @@ def test_continued_request_keeps_its_prompt_length_and_gets_a_new_name(run, serv
     run(scenario())
 
 
-def test_last_worker_dying_ends_the_stream_as_unavailable_at_once(run, serving):
-    async def scenario():
+def test_last_worker_dying_ends_the_stream_as_unavailable_at_once(
+    run: Run, serving: Serving
+) -> None:
+    async def scenario() -> None:
         async with serving() as (gateway, prefills, decodes):
             generation = gateway.router.start(admitted(sampling={"max_tokens": 400}))
             got, began = [], None
@@ -195,8 +207,8 @@ def test_last_worker_dying_ends_the_stream_as_unavailable_at_once(run, serving):
     run(scenario())
 
 
-def test_worker_that_falls_silent_is_lost_and_its_streams_go_on(run, serving):
-    async def scenario():
+def test_worker_that_falls_silent_is_lost_and_its_streams_go_on(run: Run, serving: Serving) -> None:
+    async def scenario() -> None:
         async with serving(decode=2, heartbeat_s=0.3) as (gateway, prefills, decodes):
             pending = [
                 asyncio.create_task(outputs(gateway, admitted(f"r{i}", [i]))) for i in range(4)
@@ -210,8 +222,8 @@ def test_worker_that_falls_silent_is_lost_and_its_streams_go_on(run, serving):
     run(scenario())
 
 
-def test_lost_worker_is_back_in_rotation_when_it_answers_again(run, serving):
-    async def scenario():
+def test_lost_worker_is_back_in_rotation_when_it_answers_again(run: Run, serving: Serving) -> None:
+    async def scenario() -> None:
         async with serving() as (gateway, _, decodes):
             await decodes[0].stop()
             while gateway.state == "ready":
@@ -226,8 +238,8 @@ def test_lost_worker_is_back_in_rotation_when_it_answers_again(run, serving):
     run(scenario())
 
 
-def test_without_prefill_workers_auto_falls_back_and_counts_it(run, serving):
-    async def scenario():
+def test_without_prefill_workers_auto_falls_back_and_counts_it(run: Run, serving: Serving) -> None:
+    async def scenario() -> None:
         async with serving() as (gateway, prefills, _):
             await prefills[0].stop()
             while gateway.fleet.ready("prefill"):
@@ -242,8 +254,8 @@ def test_without_prefill_workers_auto_falls_back_and_counts_it(run, serving):
     run(scenario())
 
 
-def test_without_prefill_workers_never_is_unavailable(run, serving):
-    async def scenario():
+def test_without_prefill_workers_never_is_unavailable(run: Run, serving: Serving) -> None:
+    async def scenario() -> None:
         async with serving(local_prefill="never") as (gateway, prefills, _):
             await prefills[0].stop()
             while gateway.fleet.ready("prefill"):
@@ -263,8 +275,10 @@ def test_without_prefill_workers_never_is_unavailable(run, serving):
         (pb.Failed.DEADLINE, DeadlineExceeded),
     ],
 )
-def test_failure_that_no_other_worker_can_mend_ends_the_stream(run, serving, code, error):
-    async def scenario():
+def test_failure_that_no_other_worker_can_mend_ends_the_stream(
+    run: Run, serving: Serving, code: Any, error: Any
+) -> None:
+    async def scenario() -> None:
         async with serving(prefill=2) as (gateway, prefills, _):
             for worker in prefills:
                 worker.fail_next = [pb.Failed(code=code, reason="so it is")]
@@ -276,8 +290,10 @@ def test_failure_that_no_other_worker_can_mend_ends_the_stream(run, serving, cod
 
 
 @pytest.mark.parametrize("code", [pb.Failed.UNAVAILABLE, pb.Failed.OVERLOADED])
-def test_failure_that_another_worker_can_mend_is_tried_there(run, serving, code):
-    async def scenario():
+def test_failure_that_another_worker_can_mend_is_tried_there(
+    run: Run, serving: Serving, code: Any
+) -> None:
+    async def scenario() -> None:
         async with serving(prefill=2) as (gateway, prefills, _):
             for worker in prefills[:1]:
                 worker.fail_next = [pb.Failed(code=code, reason="not now")] * 2
@@ -289,8 +305,8 @@ def test_failure_that_another_worker_can_mend_is_tried_there(run, serving, code)
     run(scenario())
 
 
-def test_only_worker_being_full_is_told_with_its_delay(run, serving):
-    async def scenario():
+def test_only_worker_being_full_is_told_with_its_delay(run: Run, serving: Serving) -> None:
+    async def scenario() -> None:
         async with serving() as (gateway, _, decodes):
             full = pb.Failed(code=pb.Failed.OVERLOADED, reason="full", retry_after_s=2.5)
             decodes[0].fail_next = [full]
@@ -301,8 +317,8 @@ def test_only_worker_being_full_is_told_with_its_delay(run, serving):
     run(scenario())
 
 
-def test_tries_are_bounded(run, serving):
-    async def scenario():
+def test_tries_are_bounded(run: Run, serving: Serving) -> None:
+    async def scenario() -> None:
         async with serving(max_failovers=2) as (gateway, prefills, _):
             lost = pb.Failed(code=pb.Failed.UNAVAILABLE, reason="KV lost")
             prefills[0].fail_next = [
@@ -315,8 +331,8 @@ def test_tries_are_bounded(run, serving):
     run(scenario())
 
 
-def test_deadline_ends_the_stream_and_aborts_the_worker(run, serving):
-    async def scenario():
+def test_deadline_ends_the_stream_and_aborts_the_worker(run: Run, serving: Serving) -> None:
+    async def scenario() -> None:
         async with serving() as (gateway, prefills, decodes):
             decodes[0].step_s = 0.05
             with pytest.raises(DeadlineExceeded):
@@ -327,8 +343,8 @@ def test_deadline_ends_the_stream_and_aborts_the_worker(run, serving):
     run(scenario())
 
 
-def test_worker_that_never_answers_is_given_up_at_the_deadline(run, serving):
-    async def scenario():
+def test_worker_that_never_answers_is_given_up_at_the_deadline(run: Run, serving: Serving) -> None:
+    async def scenario() -> None:
         async with serving(abort_s=0.2) as (gateway, prefills, decodes):
             prefills[0].stalled = True
             with pytest.raises(DeadlineExceeded):
@@ -340,8 +356,10 @@ def test_worker_that_never_answers_is_given_up_at_the_deadline(run, serving):
     run(scenario())
 
 
-def test_abort_ends_the_stream_as_cancelled_and_frees_the_worker(run, serving):
-    async def scenario():
+def test_abort_ends_the_stream_as_cancelled_and_frees_the_worker(
+    run: Run, serving: Serving
+) -> None:
+    async def scenario() -> None:
         async with serving() as (gateway, prefills, decodes):
             pending = asyncio.create_task(outputs(gateway, admitted(sampling={"max_tokens": 400})))
             while not decodes[0].rows:
@@ -355,8 +373,10 @@ def test_abort_ends_the_stream_as_cancelled_and_frees_the_worker(run, serving):
     run(scenario())
 
 
-def test_live_request_id_is_refused_and_free_again_after_the_end(run, serving):
-    async def scenario():
+def test_live_request_id_is_refused_and_free_again_after_the_end(
+    run: Run, serving: Serving
+) -> None:
+    async def scenario() -> None:
         async with serving() as (gateway, _, decodes):
             pending = asyncio.create_task(outputs(gateway, admitted(sampling={"max_tokens": 50})))
             await asyncio.sleep(0)
@@ -368,8 +388,8 @@ def test_live_request_id_is_refused_and_free_again_after_the_end(run, serving):
     run(scenario())
 
 
-def test_requests_beyond_the_bound_are_refused_with_a_delay(run, serving):
-    async def scenario():
+def test_requests_beyond_the_bound_are_refused_with_a_delay(run: Run, serving: Serving) -> None:
+    async def scenario() -> None:
         async with serving(max_in_flight=2) as (gateway, *_):
             first = gateway.router.start(admitted("a", sampling={"max_tokens": 100}))
             second = gateway.router.start(admitted("b", sampling={"max_tokens": 100}))
@@ -382,8 +402,8 @@ def test_requests_beyond_the_bound_are_refused_with_a_delay(run, serving):
     run(scenario())
 
 
-def test_n_streams_have_seeds_of_their_own_and_end_each(run, serving):
-    async def scenario():
+def test_n_streams_have_seeds_of_their_own_and_end_each(run: Run, serving: Serving) -> None:
+    async def scenario() -> None:
         async with serving() as (gateway, prefills, _):
             request = admitted(n=3, sampling={"temperature": 1.0, "seed": 11})
             pieces = await outputs(gateway, request)
@@ -396,8 +416,8 @@ def test_n_streams_have_seeds_of_their_own_and_end_each(run, serving):
     run(scenario())
 
 
-def test_drain_finishes_what_runs_and_refuses_what_comes(run, serving):
-    async def scenario():
+def test_drain_finishes_what_runs_and_refuses_what_comes(run: Run, serving: Serving) -> None:
+    async def scenario() -> None:
         async with serving() as (gateway, *_):
             pending = asyncio.create_task(outputs(gateway, admitted(sampling={"max_tokens": 50})))
             await asyncio.sleep(0.02)
@@ -411,8 +431,8 @@ def test_drain_finishes_what_runs_and_refuses_what_comes(run, serving):
     run(scenario())
 
 
-def test_drain_cuts_off_what_does_not_finish_in_time(run, serving):
-    async def scenario():
+def test_drain_cuts_off_what_does_not_finish_in_time(run: Run, serving: Serving) -> None:
+    async def scenario() -> None:
         async with serving(abort_s=0.2) as (gateway, prefills, _):
             prefills[0].stalled = True
             pending = asyncio.create_task(outputs(gateway, admitted()))
@@ -424,8 +444,10 @@ def test_drain_cuts_off_what_does_not_finish_in_time(run, serving):
     run(scenario())
 
 
-def test_200_requests_with_random_cancels_end_once_each_and_leave_no_slot(run, serving):
-    async def one(gateway, i: int, rng: random.Random) -> str:
+def test_200_requests_with_random_cancels_end_once_each_and_leave_no_slot(
+    run: Run, serving: Serving
+) -> None:
+    async def one(gateway: Gateway, i: int, rng: random.Random) -> str:
         generation = gateway.router.start(admitted(f"r{i}", [i], sampling={"max_tokens": 30}))
         stop_at = rng.choice([None, 0, 1, 5, 20])
         if stop_at == 0:
@@ -442,7 +464,7 @@ def test_200_requests_with_random_cancels_end_once_each_and_leave_no_slot(run, s
             return "cancelled"
         return "finished"
 
-    async def scenario():
+    async def scenario() -> None:
         rng = random.Random(3)
         async with serving(prefill=2, decode=2) as (gateway, prefills, decodes):
             ends = await asyncio.gather(*(one(gateway, i, rng) for i in range(200)))
@@ -454,8 +476,10 @@ def test_200_requests_with_random_cancels_end_once_each_and_leave_no_slot(run, s
     run(scenario())
 
 
-def test_faults_at_random_still_give_every_request_exactly_one_end(run, serving):
-    async def end(gateway, i: int) -> None:
+def test_faults_at_random_still_give_every_request_exactly_one_end(
+    run: Run, serving: Serving
+) -> None:
+    async def end(gateway: Gateway, i: int) -> None:
         got: list[int] = []
         try:
             async for piece in gateway.router.start(
@@ -467,7 +491,7 @@ def test_faults_at_random_still_give_every_request_exactly_one_end(run, serving)
         else:
             assert got == expected([i], 40)
 
-    async def scenario():
+    async def scenario() -> None:
         rng = random.Random(7)
         async with serving(prefill=3, decode=3, heartbeat_s=0.3) as (gateway, prefills, decodes):
             pending = [asyncio.create_task(end(gateway, i)) for i in range(60)]
@@ -484,7 +508,7 @@ def test_faults_at_random_still_give_every_request_exactly_one_end(run, serving)
     run(scenario())
 
 
-def test_policies_choose_by_load_and_in_turn_among_equals():
+def test_policies_choose_by_load_and_in_turn_among_equals() -> None:
     views = [WorkerView(name=n, outstanding_tokens=t) for n, t in (("a", 9), ("b", 3), ("c", 3))]
     least = LeastOutstandingTokens()
     assert [least.choose(views, 1) for _ in range(4)] == [1, 2, 1, 2]

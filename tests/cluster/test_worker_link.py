@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from typing import Any
 
 import pytest
 from phasewise.cluster import wire
@@ -12,12 +13,12 @@ from phasewise.cluster.stream import TokenStream
 from phasewise.cluster.worker_link import LinkTimes, Lost, WorkerLink
 from phasewise.engine.errors import Overloaded, Unavailable
 from phasewise.engine.request import Request, SamplingParams
-from phasewise.tests.cluster.fake_worker import FakeWorker, expected
+from phasewise.tests.cluster.fake_worker import FakeWorker, Run, expected
 
 TIMES = LinkTimes(connect_s=2.0, heartbeat_s=0.3, abort_s=0.2)
 
 
-def stream_of(prompt: list[int], max_tokens: int = 5, **given) -> TokenStream:
+def stream_of(prompt: list[int], max_tokens: int = 5, **given: Any) -> TokenStream:
     request = Request(
         id="r",
         token_ids=tuple(prompt),
@@ -40,8 +41,8 @@ async def linked(worker: FakeWorker) -> WorkerLink:
     return link
 
 
-def test_tokens_and_outcome_arrive_at_the_slots_own_stream(run):
-    async def scenario():
+def test_tokens_and_outcome_arrive_at_the_slots_own_stream(run: Run) -> None:
+    async def scenario() -> None:
         worker = await FakeWorker("decode", "d").start()
         link = await linked(worker)
         streams = [stream_of([i], logprobs=1) for i in range(20)]
@@ -60,14 +61,14 @@ def test_tokens_and_outcome_arrive_at_the_slots_own_stream(run):
     run(scenario())
 
 
-def test_submits_of_one_tick_travel_in_one_message(run):
-    async def scenario():
+def test_submits_of_one_tick_travel_in_one_message(run: Run) -> None:
+    async def scenario() -> None:
         worker = await FakeWorker("decode", "d").start()
         sizes = []
         read = worker._read
 
-        async def counted(messages):
-            async def through():
+        async def counted(messages: Any) -> None:
+            async def through() -> Any:
                 async for message in messages:
                     sizes.append(len(message.submit))
                     yield message
@@ -85,8 +86,8 @@ def test_submits_of_one_tick_travel_in_one_message(run):
     run(scenario())
 
 
-def test_long_prompts_are_split_over_messages(run):
-    async def scenario():
+def test_long_prompts_are_split_over_messages(run: Run) -> None:
+    async def scenario() -> None:
         worker = await FakeWorker("decode", "d").start()
         link = await linked(worker)
         streams = [stream_of([1] * 300_000, max_tokens=1) for _ in range(3)]
@@ -100,8 +101,8 @@ def test_long_prompts_are_split_over_messages(run):
 
 
 @pytest.mark.parametrize("fault", ["stop", "silent"])
-def test_every_open_slot_is_lost_when_the_worker_is(run, fault):
-    async def scenario():
+def test_every_open_slot_is_lost_when_the_worker_is(run: Run, fault: str) -> None:
+    async def scenario() -> None:
         worker = await FakeWorker("decode", "d").start()
         worker.stalled = True
         link = await linked(worker)
@@ -121,8 +122,8 @@ def test_every_open_slot_is_lost_when_the_worker_is(run, fault):
     run(scenario())
 
 
-def test_abort_is_answered_once_and_an_unanswered_one_is_given_up(run):
-    async def scenario():
+def test_abort_is_answered_once_and_an_unanswered_one_is_given_up(run: Run) -> None:
+    async def scenario() -> None:
         worker = await FakeWorker("decode", "d").start()
         link = await linked(worker)
         stream = stream_of([1], max_tokens=400)
@@ -143,8 +144,8 @@ def test_abort_is_answered_once_and_an_unanswered_one_is_given_up(run):
     run(scenario())
 
 
-def test_worker_that_speaks_of_an_unknown_slot_is_lost(run):
-    async def scenario():
+def test_worker_that_speaks_of_an_unknown_slot_is_lost(run: Run) -> None:
+    async def scenario() -> None:
         worker = await FakeWorker("decode", "d").start()
         link = await linked(worker)
         worker._failed.append(pb.Failed(slot=77))
@@ -155,8 +156,8 @@ def test_worker_that_speaks_of_an_unknown_slot_is_lost(run):
     run(scenario())
 
 
-def test_address_where_nobody_listens_is_unavailable(run):
-    async def scenario():
+def test_address_where_nobody_listens_is_unavailable(run: Run) -> None:
+    async def scenario() -> None:
         link = WorkerLink("127.0.0.1:1", TIMES, time.monotonic)
         with pytest.raises(Unavailable):
             await link.connect()
@@ -164,8 +165,8 @@ def test_address_where_nobody_listens_is_unavailable(run):
     run(scenario())
 
 
-def test_client_that_does_not_read_is_ended_at_the_bound(run):
-    async def scenario():
+def test_client_that_does_not_read_is_ended_at_the_bound(run: Run) -> None:
+    async def scenario() -> None:
         stream = stream_of([1], max_tokens=100, max_unread_tokens=10)
         for i in range(50):
             stream.push(i)

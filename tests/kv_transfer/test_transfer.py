@@ -10,9 +10,10 @@ from dataclasses import asdict
 
 import numpy as np
 import pytest
-from .harness import LAYERED, LAYOUT, QUICK, bounded, here, pool_bytes, there
 from phasewise.kv_transfer.events import Outcome, PeerRefused, PeerUnavailable
 from phasewise.kv_transfer.layer_clock import LayerClock, finished_clock
+
+from .harness import LAYERED, LAYOUT, QUICK, bounded, here, pool_bytes, there
 
 both = pytest.mark.parametrize("transport", ["shm", "tcp"])
 sizes = pytest.mark.parametrize("config", [QUICK, LAYERED], ids=["whole", "layered"])

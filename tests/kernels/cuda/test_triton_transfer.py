@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from phasewise.kernels.cuda import reference, transfer
+from phasewise.tests.kernels.cuda.pushes import push, push_heads
 from torch import Tensor
 
 LAYERS, BLOCKS, KV_HEADS, SIZE = 3, 6, 4, 3
@@ -32,37 +33,6 @@ def test_a_gathered_layer_range_scatters_back_byte_for_byte(
     assert torch.equal(other.view(torch.uint8), expected)
 
 
-def push(source: Tensor, target: Tensor, ids: Tensor, to: Tensor, first: int) -> int:
-    """What the prefill process does: from its pool into the mapped pool of another process."""
-    transfer.copy_blocks(
-        transfer.pool_place(source, ids, first_layer=first),
-        transfer.pool_place(target, to, first_layer=first),
-        num_layers=LAYERS - first,
-        num_blocks=ids.shape[0],
-        piece_bytes=source.stride(1) * source.itemsize,
-    )
-    return target.data_ptr()
-
-
-def push_heads(source: Tensor, target: Tensor, ids: Tensor, to: Tensor, first_head: int) -> None:
-    """Heads of a wide pool into a pool that has only them (a tensor-parallel rank's)."""
-    transfer.copy_blocks(
-        transfer.head_place(source, ids, first_head=first_head),
-        transfer.head_place(target, to),
-        num_layers=LAYERS,
-        num_blocks=ids.shape[0],
-        piece_bytes=target.stride(2) * target.itemsize,
-        pieces=2,
-    )
-
-
-# Lambdas and closures do not travel; the interpreter's process finds these by the file's path.
-PUSH = """
-import torch
-from phasewise.kernels.cuda import transfer
-"""
-
-
 def test_blocks_are_pushed_into_the_pool_of_another_process(interpreted: Any) -> None:
     source, target = make_pool(16, torch.float32, 0), make_pool(16, torch.float32, 1)
     target.share_memory_()
@@ -72,3 +42,23 @@ def test_blocks_are_pushed_into_the_pool_of_another_process(interpreted: Any) ->
     there = interpreted(push, source, target, ids, to, 1)
     assert there != target.data_ptr(), "the same memory, mapped elsewhere"
     assert torch.equal(target, expected)
+
+
+def test_a_range_of_heads_is_pushed_into_a_pool_that_has_only_them(interpreted: Any) -> None:
+    source = make_pool(16, torch.float16, 0)
+    target = make_pool(16, torch.float16, 1)[:, :, :, :2].contiguous()
+    expected = target.clone()
+    ids, to = torch.tensor([5, 1, 2]), torch.tensor([0, 4, 3])
+    reference.copy_blocks(source[:, :, :, 1:3], expected, ids, to)
+    interpreted(push_heads, source, target, ids, to, 1)
+    assert torch.equal(target, expected)
+
+
+def test_scales_of_an_fp8_pool_travel_though_a_block_has_few_bytes(interpreted: Any) -> None:
+    for values in (1, 2):  # a block of 4 bytes, and of 8
+        source, target = (torch.randn(LAYERS, BLOCKS, values) for _ in range(2))
+        expected = target.clone()
+        ids, to = torch.tensor([5, 1, 2]), torch.tensor([0, 4, 3])
+        reference.copy_blocks(source, expected, ids, to)
+        interpreted(push, source, target, ids, to, 0)
+        assert torch.equal(target, expected)
