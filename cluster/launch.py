@@ -23,6 +23,7 @@ from ..configs.schema import RayConfig
 from ..engine.request import WorkerId
 from . import processes
 from .processes import Process
+from .reaper import Reaper
 from .resources import Resources, check_room, resources_here
 from .run_folder import RunFolder
 from .spec import WorkerSpec
@@ -69,6 +70,7 @@ class RayLauncher:
         self._asked = asked
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="ray")
         self._folder: RunFolder | None = None
+        self._reaper: Reaper | None = None
         self._others: set[Process] = set()  # children that are not Ray's
         self._groups: dict[str, PlacementGroup] = {}
         self._actors: dict[WorkerId, Any] = {}
@@ -82,6 +84,8 @@ class RayLauncher:
             check_room(self._asked, has)
             await self._run(lambda: self._start_ray(has))
             connected()
+            assert self._reaper is not None
+            self._reaper.watch(self._rays())
         else:
             await self._run(self._join_ray)
             connected()
@@ -98,6 +102,8 @@ class RayLauncher:
         process = processes.find(started.pid) if started.host == socket.gethostname() else None
         if process is not None:
             self._processes[spec.worker] = process
+        if self._reaper is not None:
+            self._reaper.watch(self._rays())
         return started
 
     async def wait_death(self, worker: WorkerId) -> str:
@@ -130,7 +136,7 @@ class RayLauncher:
     def kill(self) -> None:
         """End everything on this machine at once, from any thread. For a second thought, after
         `close` took too long."""
-        processes.kill(set(processes.descendants(os.getpid())) - self._others)
+        processes.kill(self._rays())
 
     async def _run(self, call: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._thread, call)
@@ -166,6 +172,7 @@ class RayLauncher:
     def _start_ray(self, has: Mapping[str, float]) -> None:
         self._others = set(processes.descendants(os.getpid()))
         self._folder = RunFolder()
+        self._reaper = Reaper(self._folder.path)
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))  # else kept in $HOME
         _init_ray(
             address="local",
@@ -208,17 +215,25 @@ class RayLauncher:
                 remove_placement_group(group)
             ray.shutdown()
             return
-        rays = set(processes.descendants(os.getpid())) - self._others
+        rays = self._rays()
         ray.shutdown()
         killed = processes.end(rays, within_s=END_S)
         if killed:
             log.warning("%d of Ray's processes had to be killed", len(killed))
         self._remove_folder()
 
+    def _rays(self) -> set[Process]:
+        """Ray's processes on this machine, workers included."""
+        reaper = set() if self._reaper is None else {self._reaper.process}
+        return set(processes.descendants(os.getpid())) - self._others - reaper
+
     def _remove_folder(self) -> None:
         if self._folder is not None:
             self._folder.remove()
             self._folder = None
+        if self._reaper is not None:
+            self._reaper.close()
+            self._reaper = None
 
     def _last_words(self, worker: WorkerId) -> str:
         """The end of what a worker's process wrote, which goes when the run's folder goes."""

@@ -30,9 +30,14 @@ class RunFolder:
     def remove(self) -> None:
         """Idempotent. Waits for nobody: the processes that write here have ended."""
         if self._lock >= 0:
-            shutil.rmtree(self.path, ignore_errors=True)
+            remove_folder(self.path)
             os.close(self._lock)
             self._lock = -1
+
+
+def remove_folder(path: Path) -> None:
+    """Remove what is there, if it is."""
+    shutil.rmtree(path, ignore_errors=True)
 
 
 def sweep(parent: Path) -> list[Path]:

@@ -7,6 +7,7 @@ Promises: `start` either returns with everything ready or raises and leaves noth
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import time
 from collections.abc import Callable
@@ -20,8 +21,11 @@ from .served_model import load_served_model
 from .supervisor import RestartPolicy, Supervisor
 from .worker_link import LinkTimes
 
+log = logging.getLogger(__name__)
+
 ATTACH_S = 30.0  # from a worker that is ready to one that is attached
 SILENCE_S = 3.0  # how long a lost worker may stay silent before its process is killed
+END_S = 20.0  # for workers and gateway to end, once drained
 WORKERS_DRAIN_S = 2.0  # for workers whose gateway has drained already
 
 
@@ -66,9 +70,14 @@ class Service:
         Returns how many streams were cut off."""
         unfinished = await self._drain(drain_s, hurry or asyncio.Event())
         in_hurry = drain_s == 0.0 or (hurry is not None and hurry.is_set())
-        await self._supervisor.stop(0.0 if in_hurry else WORKERS_DRAIN_S)
-        await self.gateway.stop()
-        await self._launcher.close()
+        try:
+            async with asyncio.timeout(END_S):
+                await self._supervisor.stop(0.0 if in_hurry else WORKERS_DRAIN_S)
+                await self.gateway.stop()
+        except TimeoutError:
+            log.error("workers or gateway did not end within %.0f s and are killed", END_S)
+        finally:
+            await self._launcher.close()
         return unfinished
 
     async def _drain(self, drain_s: float, hurry: asyncio.Event) -> int:

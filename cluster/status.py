@@ -25,7 +25,7 @@ EXAMPLES = """\
 """
 
 CONNECT_S = 5.0
-WIDTH = 110  # without a terminal
+WIDTH = 140  # without a terminal
 STATE_STYLES = {"ready": "green", "draining": "yellow", "lost": "red", "restarting": "yellow"}
 
 
@@ -76,8 +76,8 @@ def to_text(what: RenderableType) -> str:
 def _workers(status: pb.ClusterStatus) -> Table:
     table = Table(box=None, pad_edge=False, header_style="bold")
     for name in ("worker", "state", "device", "address", "pid"):
-        table.add_column(name)
-    for name in ("blocks", "running", "waiting", "leases", "preempted", "restarts"):
+        table.add_column(name, no_wrap=name != "state")
+    for name in ("blocks", "run", "wait", "leases", "preempted", "restarts"):
         table.add_column(name, justify="right")
     table.add_column("transfers")
     for row in status.workers:

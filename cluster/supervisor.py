@@ -8,7 +8,6 @@ is started once `stop` was called. Knows neither Ray nor gRPC: `Launcher` is the
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -109,9 +108,7 @@ class Supervisor:
         """End every worker; each may finish what it has within `drain_s`."""
         for task in self._tasks:
             task.cancel()
-        for task in self._tasks:
-            with contextlib.suppress(asyncio.CancelledError):
-                await task
+        await asyncio.gather(*self._tasks, return_exceptions=True)
         self._tasks.clear()
         live = tuple(self._live)
         self._live.clear()

@@ -233,14 +233,16 @@ class DecodeScheduler:
     def steady_steps(self) -> int:
         """How many steps from now on have exactly the rows of the one before and end nothing.
 
-        Asked between steps. In them every running sequence gets a token, and no sequence can
-        finish by length, come in, be preempted, or be computed in chunks. 0 where that is not
-        certain. Holds for sequences without tokens, which only their length can end.
+        Asked between steps, and right before one: those whose KV is here take their places. In
+        these steps every running sequence gets a token, and no sequence can finish by length,
+        come in, be preempted, or be computed in chunks. 0 where that is not certain. Holds for
+        sequences without tokens, which only their length can end.
         """
         running = self._running
-        if self._in_flight is not None or running.prefilling or not running.decoding:
+        if self._in_flight is not None or running.prefilling:
             return 0
-        if running.num_rows < self._limits.max_batch_size and running.ready:
+        running.place_ready(self._limits.max_batch_size)
+        if not running.decoding:
             return 0
         if len(self._admission):
             free_place = running.num_rows < self._limits.max_batch_size

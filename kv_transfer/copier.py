@@ -8,7 +8,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from ..engine.layout import KVLayout
 from .layer_clock import LayerClock
+
+WRITE_BYTES = 1 << 20  # layers that are ready together are written together up to this size
 
 Run = tuple[int, int, int]  # first block here, first block there, how many
 
@@ -97,10 +100,10 @@ class Copier:
     WAIT_S = 1.0  # bound of every sleep, should a bell be missed
 
     def __init__(
-        self, writer: Writer, num_layers: int, tell: Callable[[str, int, int | None], None]
+        self, writer: Writer, layout: KVLayout, tell: Callable[[str, int, int | None], None]
     ) -> None:
         self._writer = writer
-        self._num_layers = num_layers
+        self._num_layers, self._block_bytes = layout.num_layers, layout.block_bytes
         self._tell = tell
         self._inbox: deque[Push | Finish | Cancel] = deque()
         self._queues: dict[int, deque[Push | Finish]] = {}
@@ -175,8 +178,9 @@ class Copier:
         return False
 
     def _write(self, push: Push, ready: int) -> None:
-        """One layer, so that an abort never waits for more than that."""
-        layers = range(push.layer, min(push.layer + 1, ready))
+        """A layer, or several small ones: an abort never waits for more than that."""
+        count = max(1, WRITE_BYTES // (len(push.source) * self._block_bytes))
+        layers = range(push.layer, min(push.layer + count, ready))
         self._writer.write(push, layers)
         push.layer = layers.stop
         self.moved.add(push.lease)

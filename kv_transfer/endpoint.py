@@ -32,7 +32,7 @@ from .lease import Action, Answered, Send, Start, Stop, Verify
 from .lease_receiver import ReceiverTable
 from .lease_sender import SenderTable
 from .memory import PoolMemory
-from .messages import Abort, Ask, Beat, Committed, Grant, Message, Refuse, Sent
+from .messages import Abort, Ask, Beat, Committed, Grant, Message, Refuse, Sent, check_blocks
 from .outgoing import Outgoing
 from .pair import Life, Pair
 from .switchboard import Copied, Gone, Heard, Notice, Switchboard, Took
@@ -115,6 +115,7 @@ class KVEndpoint:
         Chunks come in order; a boundary block may be pushed again, by the chunk that fills it.
         After the lease ended nothing happens: its Ended is on the way.
         """
+        self._check(blocks)
         entry = self._senders.push(lease, list(blocks), first, self._loop.time())
         if entry is None:
             return
@@ -136,6 +137,7 @@ class KVEndpoint:
 
     def park(self, lease: int, blocks: Sequence[int], num_tokens: int, digest: int) -> None:
         """KV that stands complete in this pool waits for a grant; exactly one Ended follows."""
+        self._check(blocks)
         self._senders.park(lease, list(blocks), num_tokens, digest, self._loop.time())
 
     # Decode
@@ -148,6 +150,7 @@ class KVEndpoint:
         Exactly one Ended follows; aborted if the peer does not hold the lease. Raises as
         `connect`, and then the blocks are still the caller's.
         """
+        self._check(blocks)
         pair = await self._board.reach(peer)
         if self._receivers.get(lease) is not None:
             raise PeerUnavailable(f"lease {lease} is still being revoked here")
@@ -172,6 +175,7 @@ class KVEndpoint:
         pair = self._board.pairs.get(asked.pair)
         if pair is None or pair.life is not Life.OPEN:
             return False
+        self._check(blocks or ())
         target = None if blocks is None else tuple(blocks)
         writes_here = pair.reader is not None
         actions = self._receivers.answer(asked, target, writes_here, self._loop.time())
@@ -238,6 +242,7 @@ class KVEndpoint:
             case Refuse():
                 self._perform(self._senders.on_refuse(number, message))
             case Grant():
+                check_blocks(message, pair.hello.layout.num_blocks)
                 self._perform(self._senders.on_grant(number, pair.peer, message, now_s))
             case Sent():
                 self._perform(self._receivers.on_sent(number, message, now_s))
@@ -305,6 +310,10 @@ class KVEndpoint:
         equal = total == action.checksum
         now_s = self._loop.time()
         self._perform(self._receivers.verified(action.lease, action.generation, equal, now_s))
+
+    def _check(self, blocks: Sequence[int]) -> None:
+        inside = all(0 <= block < self._layout.num_blocks for block in blocks)
+        assert inside, "block ids are of this worker's pool"
 
     def _note(self, ended: Ended) -> None:
         if ended.side is Side.SENDER:

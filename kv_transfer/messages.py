@@ -150,6 +150,13 @@ def unpack_blocks(packed: bytes) -> tuple[int, ...]:
     return tuple(array("I", packed))
 
 
+def check_blocks(grant: Grant, num_blocks: int) -> None:
+    """Raises MalformedFrame for a grant of blocks that the peer's pool does not have: a write
+    over shared memory would leave it."""
+    if max(unpack_blocks(grant.blocks), default=0) >= num_blocks:
+        raise MalformedFrame(f"a grant beyond the {num_blocks} blocks of the peer's pool")
+
+
 def pack_leases(leases: list[tuple[int, int]]) -> bytes:
     return array("Q", [number for lease in leases for number in lease]).tobytes()
 

@@ -67,11 +67,13 @@ class Pair:
 
     def read(self) -> list[Message]:
         """What has arrived. Raises MalformedFrame, OSError at the end of the connection."""
-        with contextlib.suppress(BlockingIOError):
+        try:
             data = self.sock.recv(_READ_BYTES)
-            if not data:
-                raise ConnectionResetError("connection closed")
-            self.inbox += data
+        except BlockingIOError:
+            return split(self.inbox)
+        if not data:
+            raise ConnectionResetError("connection closed")
+        self.inbox += data
         return split(self.inbox)
 
     def write(self, message: Message) -> bool:

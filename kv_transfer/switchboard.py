@@ -257,7 +257,7 @@ class Switchboard:
             data=contact.data,
             pidfd=contact.pidfd,
             writer=writer,
-            copier=Copier(writer, self._layout.num_layers, tell),
+            copier=Copier(writer, self._layout, tell),
             reader=reader,
             pattern=secrets.token_bytes(CANARY_SLOT_BYTES),
             heard_s=self._loop.time(),
@@ -302,8 +302,11 @@ class Switchboard:
             self._learn(pair)
             return
         pair.heard_s = self._loop.time()
-        for message in messages:
-            self._on_message(pair, message)
+        try:
+            for message in messages:
+                self._on_message(pair, message)
+        except MalformedFrame as error:  # well formed, but what it says cannot be
+            self._on_babble(pair, error)
 
     def _on_babble(self, pair: Pair, error: MalformedFrame) -> None:
         """The pair is given up, but read on, where that can be, until the peer is out."""

@@ -43,8 +43,7 @@ class TcpWriter:
 
     def write(self, push: Push, layers: range) -> None:
         self.flush()
-        for layer in layers:
-            self._send(self._frame(push, layer))
+        self._send([piece for layer in layers for piece in self._frame(push, layer)])
 
     @property
     def pending(self) -> bool:

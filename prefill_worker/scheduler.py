@@ -43,13 +43,15 @@ class PrefillLimits:
     max_batch_size: int = 64  # prompts in a step
     ttft_ms: float = 0.0  # the cluster's own target; 0: none, so arrival order
     max_wait_s: float = 10.0  # the age bound
+    max_in_flight: int = 1  # steps; a pipeline has one a stage
 
 
 class PrefillScheduler:
     """Sequences wait, run chunk by chunk, and are parked until their KV is elsewhere.
 
-    One step is in flight at most, from `next_batch` to `advance`; every other call may come in
-    between. Times are seconds on the caller's clock, the one of `Request.arrival_s`.
+    From `next_batch` to `advance` a step is in flight, and its sequences are in no other; every
+    call may come in between. Times are seconds on the caller's clock, the one of
+    `Request.arrival_s`.
     """
 
     def __init__(
@@ -68,7 +70,7 @@ class PrefillScheduler:
         self._line = DeadlineLine()  # without blocks
         self._started = DeadlineLine()  # with blocks, part of the prompt computed
         self._ages = AgeLine()
-        self._in_flight: Batch | None = None
+        self._in_flight: list[Batch] = []
         self._serial = 0
         self._num_running = 0
         self._queued_tokens = 0
@@ -107,8 +109,8 @@ class PrefillScheduler:
         return True
 
     def next_batch(self, now_s: float) -> Batch | None:
-        """The next step's chunks; None when nothing can run before a `release` or an `add`."""
-        assert self._in_flight is None, "advance() the step in flight first"
+        """The next step's chunks; None when nothing can run before another call brings work."""
+        assert len(self._in_flight) < self._limits.max_in_flight, "advance() a step in flight first"
         self._line.turn_late(now_s)
         self._started.turn_late(now_s)
         picked = self._pick(self._ages.overdue(now_s - self._limits.max_wait_s))
@@ -122,8 +124,9 @@ class PrefillScheduler:
             if waiter.sequence.first_scheduled_s is None:
                 waiter.sequence.first_scheduled_s = now_s
         starts = [sequence.num_computed for sequence in sequences]
-        self._in_flight = Batch(sequences=sequences, starts=starts, counts=list(picked.values()))
-        return self._in_flight
+        batch = Batch(sequences=sequences, starts=starts, counts=list(picked.values()))
+        self._in_flight.append(batch)
+        return batch
 
     def advance(self, batch: Batch, output: StepOutput, now_s: float) -> Progress:
         """Take a step's result.
@@ -132,8 +135,8 @@ class PrefillScheduler:
         appended, and are parked until `release`; one that this token finishes stands in
         `finished` too, and its blocks are free already. Aborted ones stand nowhere.
         """
-        assert batch is self._in_flight, "not the step in flight"
-        self._in_flight = None
+        assert any(batch is other for other in self._in_flight), "not a step in flight"
+        self._in_flight = [other for other in self._in_flight if other is not batch]
         progress = Progress()
         for row, (sequence, count) in enumerate(zip(batch.sequences, batch.counts, strict=True)):
             waiter = self._waiters[sequence.id]
@@ -181,7 +184,7 @@ class PrefillScheduler:
             assert len(sequence.blocks) == self._allocator.blocks_for(sequence.num_tokens)
         for waiter in self._waiters.values():
             line = self._started if waiter.sequence.blocks else self._line
-            assert waiter.line is line or self._in_flight is not None
+            assert waiter.line is line or self._in_flight
         held = [block for s in [*running, *self._parked.values()] for block in s.blocks]
         assert len(held) == len(set(held)) == self._allocator.counts().active
 
@@ -191,6 +194,8 @@ class PrefillScheduler:
         picked: dict[Waiter, int] = {}
         left = limits.max_batch_tokens
         blocked = False
+        if overdue is not None and overdue.line is None:
+            overdue = None  # a step in flight has it
         if overdue is not None:
             blocked = not self._admit(overdue)
             if not blocked:

@@ -3,6 +3,9 @@
 The readable versions are `kernels.reference.silu_mul` and `torch.relu`.
 """
 
+# What a kernel's values are, Triton's decorators hide from a type checker.
+# pyright: reportCallIssue=false, reportArgumentType=false, reportOperatorIssue=false
+# pyright: reportAttributeAccessIssue=false
 # ruff: noqa: ANN001
 from __future__ import annotations
 
@@ -42,7 +45,13 @@ def silu_mul(gate_up: Tensor) -> Tensor:
     out = gate_up.new_empty((tokens, dim))
     if out.numel():
         silu_mul_kernel[(tokens, triton.cdiv(dim, _TILE))](
-            out, gate_up, gate_up.stride(0), DIM=dim, TILE=_TILE, num_warps=4
+            out,
+            gate_up,
+            gate_up.stride(0),
+            DIM=dim,
+            TILE=_TILE,
+            num_warps=4,
+            enable_fp_fusion=False,
         )
     return out
 
@@ -52,5 +61,7 @@ def relu(x: Tensor) -> Tensor:
     assert x.is_contiguous()
     out = torch.empty_like(x)
     if x.numel():
-        relu_kernel[(triton.cdiv(x.numel(), _TILE),)](out, x, x.numel(), TILE=_TILE, num_warps=4)
+        relu_kernel[(triton.cdiv(x.numel(), _TILE),)](
+            out, x, x.numel(), TILE=_TILE, num_warps=4, enable_fp_fusion=False
+        )
     return out

@@ -5,6 +5,9 @@ writes nothing. The readable versions are `kernels.reference.append`, `rms_norm`
 `reference.append_fp8`.
 """
 
+# What a kernel's values are, Triton's decorators hide from a type checker.
+# pyright: reportCallIssue=false, reportArgumentType=false, reportOperatorIssue=false
+# pyright: reportAttributeAccessIssue=false
 # ruff: noqa: ANN001, ANN202
 from __future__ import annotations
 
@@ -66,6 +69,7 @@ def append(kv: Tensor, k: Tensor, v: Tensor, slots: Tensor) -> None:
         DIM_PAD=triton.next_power_of_2(dim),
         BLOCK_SIZE=kv.shape[3],
         num_warps=4 if kv_heads * dim >= 512 else 1,
+        enable_fp_fusion=False,
     )
 
 
@@ -287,4 +291,5 @@ def append_fp8(
         SIZE_PAD=triton.next_power_of_2(size),
         INTERPRETED=k.device.type == "cpu",
         num_warps=2,
+        enable_fp_fusion=False,
     )

@@ -8,6 +8,9 @@ the device from `lengths`: the grid depends on the batch's shape alone, as a CUD
 The readable version is `reference.attend_rows`.
 """
 
+# What a kernel's values are, Triton's decorators hide from a type checker.
+# pyright: reportCallIssue=false, reportArgumentType=false, reportOperatorIssue=false
+# pyright: reportAttributeAccessIssue=false
 # ruff: noqa: ANN001
 from __future__ import annotations
 
@@ -146,13 +149,17 @@ class DecodeTiling:
     num_stages: int
 
     @classmethod
-    def of(cls, head_dim: int) -> DecodeTiling:
+    def of(cls, head_dim: int, *, fp8: bool = False) -> DecodeTiling:
         """16 KiB of K and of V a tile (of 16-bit values), and two tiles in flight a program.
 
         Three programs share a multiprocessor: 192 KiB on their way, several times what its share
-        of the memory's bandwidth needs to hide the latency.
+        of the memory's bandwidth needs to hide the latency. FP8 is widened in registers: more
+        warps share that, and a third tile makes up for the smaller ones.
         """
-        return cls(tile=8192 // triton.next_power_of_2(head_dim), num_warps=4, num_stages=3)
+        tile = 8192 // triton.next_power_of_2(head_dim)
+        if fp8:
+            return cls(tile=tile, num_warps=8, num_stages=4)
+        return cls(tile=tile, num_warps=4, num_stages=3)
 
 
 def splits_for(num_rows: int, kv_heads: int, max_length: int, multiprocessors: int) -> int:
@@ -188,7 +195,7 @@ def decode_attention(
     rows, heads, dim = q.shape
     assert q.stride(2) == 1 and q.stride(1) == dim and kv.is_contiguous(), "heads lie side by side"
     _, _, kv_heads, block_size, _ = kv.shape
-    tiling = tiling or DecodeTiling.of(dim)
+    tiling = tiling or DecodeTiling.of(dim, fp8=scales is not None)
     split = num_splits > 1
     out = torch.empty((rows, heads, dim), dtype=q.dtype, device=q.device)
     parts, log_sums = out, lengths
@@ -224,6 +231,7 @@ def decode_attention(
         WIDE=q.device.type == "cpu" and q.dtype == torch.bfloat16,
         num_warps=tiling.num_warps,
         num_stages=tiling.num_stages,
+        enable_fp_fusion=True,
     )
     if split:
         join_kernel[(rows * heads,)](
@@ -235,5 +243,6 @@ def decode_attention(
             DIM_PAD=dim_pad,
             MAX_SPLITS=max(16, triton.next_power_of_2(num_splits)),
             num_warps=4,
+            enable_fp_fusion=True,
         )
     return out

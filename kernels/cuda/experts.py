@@ -5,6 +5,9 @@ read their tokens through `rows` without a gathered copy, and an expert without 
 program that leaves at once. The readable version is `reference.grouped_matmul`.
 """
 
+# What a kernel's values are, Triton's decorators hide from a type checker.
+# pyright: reportCallIssue=false, reportArgumentType=false, reportOperatorIssue=false
+# pyright: reportAttributeAccessIssue=false
 # ruff: noqa: ANN001
 from __future__ import annotations
 
@@ -51,7 +54,7 @@ def grouped_matmul_kernel(
     right = weights + expert.to(tl.int64) * (OUT_DIM * IN_DIM)
     right += column[:, None].to(tl.int64) * IN_DIM + depth[None, :]
     acc = tl.zeros([SLOTS, COLUMNS], tl.float32)
-    for step in range(0, tl.cdiv(IN_DIM, DEPTH)):
+    for step in range(tl.cdiv(IN_DIM, DEPTH)):
         inside = (step * DEPTH + depth < IN_DIM)[None, :]
         a = tl.load(left + step * DEPTH, mask=inside & (slot < end)[:, None], other=0.0)
         b = tl.load(right + step * DEPTH, mask=inside & (column < OUT_DIM)[:, None], other=0.0)
@@ -122,5 +125,6 @@ def grouped_matmul(
         WIDE=x.device.type == "cpu" and x.dtype == torch.bfloat16,
         num_warps=tiling.num_warps,
         num_stages=tiling.num_stages,
+        enable_fp_fusion=True,
     )
     return out

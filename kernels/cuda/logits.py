@@ -3,6 +3,9 @@
 The readable versions are `engine.logits.add_bias`, `suppress` and `penalise`.
 """
 
+# What a kernel's values are, Triton's decorators hide from a type checker.
+# pyright: reportCallIssue=false, reportArgumentType=false, reportOperatorIssue=false
+# pyright: reportAttributeAccessIssue=false
 # ruff: noqa: ANN001
 from __future__ import annotations
 
@@ -51,7 +54,15 @@ def add_bias(logits: Tensor, rows: Tensor, ids: Tensor, bias: Tensor) -> None:
     size = rows.shape[0]
     if size:
         add_bias_kernel[(triton.cdiv(size, _TILE),)](
-            logits, rows, ids, bias, logits.stride(0), size, TILE=_TILE, num_warps=4
+            logits,
+            rows,
+            ids,
+            bias,
+            logits.stride(0),
+            size,
+            TILE=_TILE,
+            num_warps=4,
+            enable_fp_fusion=False,
         )
 
 
@@ -60,7 +71,14 @@ def suppress(logits: Tensor, rows: Tensor, ids: Tensor) -> None:
     size = rows.shape[0]
     if size:
         suppress_kernel[(triton.cdiv(size, _TILE),)](
-            logits, rows, ids, logits.stride(0), size, TILE=_TILE, num_warps=4
+            logits,
+            rows,
+            ids,
+            logits.stride(0),
+            size,
+            TILE=_TILE,
+            num_warps=4,
+            enable_fp_fusion=False,
         )
 
 

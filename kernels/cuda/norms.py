@@ -3,6 +3,9 @@
 The readable versions are `kernels.reference.rms_norm` and `reference.layer_norm`.
 """
 
+# What a kernel's values are, Triton's decorators hide from a type checker.
+# pyright: reportCallIssue=false, reportArgumentType=false, reportOperatorIssue=false
+# pyright: reportAttributeAccessIssue=false
 # ruff: noqa: ANN001, ANN202
 from __future__ import annotations
 
@@ -80,6 +83,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = No
             DIM_PAD=triton.next_power_of_2(dim),
             ADDED=residual is not None,
             num_warps=_num_warps(dim),
+            enable_fp_fusion=False,
         )
     return out
 
@@ -102,5 +106,6 @@ def layer_norm(
             DIM_PAD=triton.next_power_of_2(dim),
             ADDED=residual is not None,
             num_warps=_num_warps(dim),
+            enable_fp_fusion=False,
         )
     return out

@@ -4,6 +4,9 @@ Philox4x32-10 (Salmon et al., SC 2011, section 3.3), bit for bit what `engine.dr
 the host: the seed is the key, the position the counter's first two words.
 """
 
+# What a kernel's values are, Triton's decorators hide from a type checker.
+# pyright: reportCallIssue=false, reportArgumentType=false, reportOperatorIssue=false
+# pyright: reportAttributeAccessIssue=false
 # ruff: noqa: ANN001, ANN201, ANN202
 from __future__ import annotations
 
@@ -31,7 +34,7 @@ def uniform(seed, position):
     c1 = (position.to(tl.uint64) >> 32).to(tl.uint32)
     c2 = c0 * 0
     c3 = c0 * 0
-    for _ in tl.static_range(10):
+    for _ in tl.static_range(10):  # pyright: ignore[reportGeneralTypeIssues]
         high_0, low_0 = _high_and_low(c0, 0xD2511F53)
         high_1, low_1 = _high_and_low(c2, 0xCD9E8D57)
         c0, c1, c2, c3 = high_1 ^ c1 ^ k0, low_1, high_0 ^ c3 ^ k1, low_0
@@ -54,6 +57,6 @@ def uniforms(seeds: Tensor, positions: Tensor) -> Tensor:
     out = torch.empty(seeds.shape, dtype=torch.float64, device=seeds.device)
     if seeds.numel():
         uniforms_kernel[(triton.cdiv(seeds.numel(), _TILE),)](
-            out, seeds, positions, seeds.numel(), TILE=_TILE, num_warps=4
+            out, seeds, positions, seeds.numel(), TILE=_TILE, num_warps=4, enable_fp_fusion=False
         )
     return out

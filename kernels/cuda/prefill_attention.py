@@ -9,6 +9,9 @@ the tail of the grid.
 The readable version is `reference.attend_rows`.
 """
 
+# What a kernel's values are, Triton's decorators hide from a type checker.
+# pyright: reportCallIssue=false, reportArgumentType=false, reportOperatorIssue=false
+# pyright: reportAttributeAccessIssue=false
 # ruff: noqa: ANN001, ANN202
 from __future__ import annotations
 
@@ -30,6 +33,7 @@ def _visit(
     state,
     tile,
     at_position,
+    first,
     kv,
     scales,
     table,
@@ -54,7 +58,7 @@ def _visit(
     known = position >= 0
     if MASKED:
         # Blocks that fell out of the window may be gone from the table.
-        known = (position < length) & (position > tl.min(at_position, 0) - window)
+        known = (position < length) & (position > first - window)
     block = tl.load(table + position // BLOCK_SIZE, mask=known, other=0).to(tl.int64)
     line = block * (2 * SIDE) + kv_head * (BLOCK_SIZE * DIM) + position % BLOCK_SIZE * DIM
     at = line[:, None] + dims[None, :]
@@ -137,16 +141,16 @@ def prefill_kernel(
         low = tl.maximum(first + 1 - window, 0) // TILE
     else:
         diagonal = (first + 1) // TILE
-        for tile in range(0, diagonal):
+        for tile in range(diagonal):
             state = _visit(
-                query, state, tile, at_position, kv, scales, table, kv_head, length, scale, window,
-                KV_HEADS, DIM, DIM_PAD, BLOCK_SIZE, TILE, SOFT_CAP, FP8, False,
+                query, state, tile, at_position, first, kv, scales, table, kv_head, length, scale,
+                window, KV_HEADS, DIM, DIM_PAD, BLOCK_SIZE, TILE, SOFT_CAP, FP8, False,
             )  # fmt: skip
         low = diagonal
     for tile in range(low, tl.cdiv(tl.minimum(length, first + POSITIONS), TILE)):
         state = _visit(
-            query, state, tile, at_position, kv, scales, table, kv_head, length, scale, window,
-            KV_HEADS, DIM, DIM_PAD, BLOCK_SIZE, TILE, SOFT_CAP, FP8, True,
+            query, state, tile, at_position, first, kv, scales, table, kv_head, length, scale,
+            window, KV_HEADS, DIM, DIM_PAD, BLOCK_SIZE, TILE, SOFT_CAP, FP8, True,
         )  # fmt: skip
     maxima, sums, acc = state
     acc = acc / tl.where(sums > 0, sums, 1.0)[:, None]
@@ -229,5 +233,6 @@ def prefill_attention(
         WIDE=q.device.type == "cpu" and q.dtype == torch.bfloat16,
         num_warps=tiling.num_warps,
         num_stages=tiling.num_stages,
+        enable_fp_fusion=True,
     )
     return out

@@ -6,6 +6,9 @@ the numbers from `starts[r] // SIZE + r` on: distinct for every row, and at most
 to no entry; their programs leave at once.
 """
 
+# What a kernel's values are, Triton's decorators hide from a type checker.
+# pyright: reportCallIssue=false, reportArgumentType=false, reportOperatorIssue=false
+# pyright: reportAttributeAccessIssue=false
 # ruff: noqa: ANN001, ANN201
 from __future__ import annotations
 

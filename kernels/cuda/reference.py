@@ -55,7 +55,7 @@ def attend_rows(
 
 
 def dequantise(kv: Tensor, scales: Tensor) -> Tensor:
-    """float32 of kv float8_e4m3fn [blocks, 2, kv_heads, size, dim], scales [blocks, 2, kv_heads]."""
+    """float32 of `kv` float8_e4m3fn [blocks, 2, kv_heads, size, dim] under its `scales`."""
     return kv.float() * scales[..., None, None]
 
 
@@ -119,7 +119,7 @@ def copy_blocks(
 
 
 def grouped_matmul(x: Tensor, weights: Tensor, rows: Tensor, starts: Tensor) -> Tensor:
-    """out[i] = weights[expert of i] @ x[rows[i]]; expert e owns slots [starts[e], starts[e + 1])."""
+    """out[i] = weights[expert of i] @ x[rows[i]]; expert e owns [starts[e], starts[e + 1])."""
     out = x.new_zeros((rows.shape[0], weights.shape[1]))
     bounds = starts.tolist()
     for expert, (begin, end) in enumerate(zip(bounds, bounds[1:], strict=False)):

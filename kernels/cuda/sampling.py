@@ -8,6 +8,9 @@ a sort, without scratch and without the host. Keys themselves go through exp: a 
 a CPU's in the last place, so equal tokens on both are certain only up to a weight of about 1e-7.
 """
 
+# What a kernel's values are, Triton's decorators hide from a type checker.
+# pyright: reportCallIssue=false, reportArgumentType=false, reportOperatorIssue=false
+# pyright: reportAttributeAccessIssue=false
 # ruff: noqa: ANN001, ANN202
 from __future__ import annotations
 
@@ -164,7 +167,14 @@ def argmax(logits: Tensor) -> tuple[Tensor, Tensor]:
     maxima = torch.empty(rows, dtype=torch.float32, device=logits.device)
     if rows:
         argmax_kernel[(rows,)](
-            token_ids, maxima, logits, logits.stride(0), vocab, TILE=_tile(vocab), num_warps=16
+            token_ids,
+            maxima,
+            logits,
+            logits.stride(0),
+            vocab,
+            TILE=_tile(vocab),
+            num_warps=16,
+            enable_fp_fusion=False,
         )
     return token_ids, maxima
 
@@ -185,6 +195,7 @@ def keys(logits: Tensor, maxima: Tensor, temperatures: Tensor) -> Tensor:
             ID_BITS=vocab.bit_length(),
             TILE=tile,
             num_warps=8,
+            enable_fp_fusion=False,
         )
     return out
 
@@ -213,5 +224,6 @@ def draw(
             ID_BITS=vocab.bit_length(),
             TILE=_tile(vocab, _DRAW_TILE),
             num_warps=16,
+            enable_fp_fusion=False,
         )
     return token_ids

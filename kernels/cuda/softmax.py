@@ -4,6 +4,9 @@ Running softmax: Milakov and Gimelshein 2018, "Online normalizer calculation for
 algorithm 3, here in base 2 as the hardware's exponential is.
 """
 
+# What a kernel's values are, Triton's decorators hide from a type checker.
+# pyright: reportCallIssue=false, reportArgumentType=false, reportOperatorIssue=false
+# pyright: reportAttributeAccessIssue=false
 # ruff: noqa: ANN001, ANN201
 from __future__ import annotations
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import signal
 import socket
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import asdict
 
@@ -14,6 +14,7 @@ import pytest
 from phasewise.engine.request import TransferAddress
 from phasewise.kv_transfer.events import Outcome, PeerUnavailable
 from phasewise.kv_transfer.layer_clock import LayerClock, finished_clock
+from phasewise.kv_transfer.messages import Beat, Grant, Message, pack_blocks
 
 from .harness import LAYERED, LAYOUT, QUICK, Here, There, bounded, here, pool_bytes, there
 
@@ -251,6 +252,30 @@ async def test_babble_from_a_peer_ends_that_pair_only(transport: str) -> None:
         assert (await decode.released()).blocks == (3,)
         assert decode.endpoint.counters()["malformed"] == 1
         await still_serves(decode, transport)
+
+
+@pytest.mark.parametrize(
+    "message", [Grant(1, 9, 0, pack_blocks((64,))), Grant(1, 9, 0, b"cut"), Beat(b"cut", b"", 0)]
+)
+@both
+@bounded
+async def test_blocks_that_are_not_there_end_the_pair_and_nothing_is_written(
+    transport: str, message: Message
+) -> None:
+    config = {**LAYERED, "transport": transport}
+    async with here("p", 2, config) as (p, address), here("liar", 1, config) as (liar, _):
+        p.endpoint.park(1, [5], 3, 0)
+        await liar.endpoint.connect(address)
+        (pair,) = liar.endpoint._board.pairs.values()
+        pair.write(message)
+        await _until(lambda: p.endpoint.counters().get("malformed", 0) == 1)
+        assert p.endpoint._senders.get(1) is not None  # still parked, for somebody else
+        assert np.array_equal(liar.pool, pool_bytes(1))
+
+
+async def _until(holds: Callable[[], bool]) -> None:
+    while not holds():  # bounded by the test's own limit
+        await asyncio.sleep(0.01)
 
 
 @bounded

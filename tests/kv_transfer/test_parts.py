@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import queue
 from dataclasses import replace
@@ -84,10 +85,8 @@ def test_block_lists_survive_the_wire(numbers: list[int]) -> None:
 
 @given(st.binary(max_size=200))
 def test_any_bytes_are_messages_or_malformed(data: bytes) -> None:
-    try:
+    with contextlib.suppress(MalformedFrame):
         split(bytearray(data))
-    except MalformedFrame:
-        pass
 
 
 @pytest.mark.parametrize(
@@ -132,7 +131,7 @@ def test_copier_follows_the_clock_and_obeys_a_cancel() -> None:
     (mine, _), (theirs, arrived) = pool(2), pool(1)
     told: queue.Queue[tuple[str, int, int | None]] = queue.Queue()
     writer = ShmWriter(mine, LAYOUT, theirs, LAYOUT)
-    copier = Copier(writer, LAYOUT.num_layers, lambda *what: told.put(what))
+    copier = Copier(writer, LAYOUT, lambda *what: told.put(what))
     clocks = [LayerClock(), LayerClock()]
     for lease, clock in enumerate(clocks):
         push = Push(
@@ -181,7 +180,7 @@ def test_breaker_opens_longer_each_time_and_closes_on_success() -> None:
         waits.append(breaker.wait_s(now_s))
         now_s += waits[-1]
         assert breaker.wait_s(now_s) == 0
-    assert waits == sorted(waits) and waits[0] < waits[3] < waits[-1] == LONGEST_S
+    assert waits[0] < waits[3] < waits[-1] and waits[-1] == pytest.approx(LONGEST_S)
     breaker.succeeded()
     assert breaker.wait_s(now_s) == 0
 

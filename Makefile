@@ -1,0 +1,33 @@
+# make demo | test | quick | lint, on an empty clone: each first makes .venv as it needs it.
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/.installed
+
+.PHONY: demo test quick lint install clean
+
+demo: install
+	$(BIN)/phasewise demo
+
+test: install
+	$(BIN)/pytest
+
+quick: install
+	$(BIN)/pytest -m "not slow and not gpu"
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+install: $(STAMP)
+
+# torch by itself first: its CPU build satisfies what the rest asks for.
+$(STAMP): pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -c 'import sys; assert sys.version_info >= (3, 11), "Python 3.11 or later is needed"'
+	$(BIN)/python -c 'import torch' 2>/dev/null || $(BIN)/pip install torch==2.13.0
+	$(BIN)/pip install -e '.[dev]'
+	touch $(STAMP)
+
+clean:
+	rm -rf .venv .pytest_cache .ruff_cache .hypothesis *.egg-info

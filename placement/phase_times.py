@@ -1,0 +1,314 @@
+"""When each request leaves one phase: recurrences of a pool alone, for the search's first passes.
+
+Prefill: a pool of equal workers, each request to the least outstanding tokens, earliest deadline
+first and what is late last (as the live scheduler orders it), whole prompts in a step. Decode:
+equal workers of `stages` micro-batches each, stretches without a change taken in one jump. Chunk
+packing, preemption and shared links are left to the simulator, which verifies what wins here.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import ceil, inf, sqrt
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..engine.step_time import StepFeatures
+from .latency import PhaseLatency
+
+FloatColumn = NDArray[np.float64]
+FAR = 1 << 20  # tokens of context, to read a slope
+Slope = tuple[float, float]  # seconds of a step without context, seconds a token of it
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PoolLimits:
+    """What bounds a step of one worker."""
+
+    max_batch_tokens: int = 8192  # prompt tokens in a prefill step
+    max_batch_size: int = 256  # rows in a decode step, over all micro-batches
+    kv_tokens: int = 1 << 40  # positions a worker holds
+
+
+class PromptCosts:
+    """Seconds of steps of whole prompts, by pipeline stage."""
+
+    def __init__(self, latency: PhaseLatency, prompts: Sequence[int], max_batch_tokens: int) -> None:
+        self.latency = latency
+        self.prompts = prompts
+        self.budget = max_batch_tokens
+        self.bases = [stage.batch_s(StepFeatures()) for stage in latency.stages]
+        alone: dict[int, list[float]] = {}
+        for length in set(prompts):
+            alone[length] = self._stages(length, length * length / 2, self._chunks(length))
+        self._alone = alone
+
+    def _chunks(self, tokens: int) -> int:
+        return -(-tokens // self.budget)
+
+    def _stages(self, tokens: int, attention: float, chunks: int) -> list[float]:
+        features = StepFeatures(new_tokens=tokens, attention=attention)
+        return [
+            stage.batch_s(features) + (chunks - 1) * base
+            for stage, base in zip(self.latency.stages, self.bases, strict=True)
+        ]
+
+    def alone(self, request: int) -> list[float]:
+        return self._alone[self.prompts[request]]
+
+    def alone_s(self) -> FloatColumn:
+        """Of every request, queueing apart: what TTFT is at least."""
+        return np.array([self.through(self._alone[length]) for length in self.prompts])
+
+    def through(self, stages: list[float]) -> float:
+        """A prompt's chunks follow each other through the stages without waiting for its end."""
+        return sum(stages)
+
+    def batch(self, requests: list[int]) -> list[float]:
+        if len(requests) == 1:
+            return self.alone(requests[0])
+        lengths = [self.prompts[request] for request in requests]
+        return self._stages(sum(lengths), sum(n * n for n in lengths) / 2, 1)
+
+    def capacity_rps(self) -> float:
+        """Prompts a second of one worker that never waits, in full steps."""
+        busy, batch, tokens = 0.0, [], 0
+        for request, length in enumerate(self.prompts):
+            if batch and tokens + length > self.budget:
+                busy += max(self.batch(batch))
+                batch, tokens = [], 0
+            batch.append(request)
+            tokens += length
+        return len(self.prompts) / (busy + max(self.batch(batch)))
+
+
+def prefill_end_s(
+    costs: PromptCosts, arrival_s: list[float], workers: int, ttft_s: float
+) -> list[float]:
+    """When each first token is there. Arrivals are sorted."""
+    end_s = [0.0] * len(arrival_s)
+    pool = [_PrefillWorker(costs, arrival_s, ttft_s, end_s) for _ in range(workers)]
+    if workers == 1:
+        pool[0].fresh.extend(range(len(arrival_s)))
+        pool[0].advance(inf)
+        return end_s
+    for request, at_s in enumerate(arrival_s):
+        chosen, least = pool[0], inf
+        for worker in pool:
+            if worker.pending:
+                worker.advance(at_s)
+            load = worker.outstanding(at_s)
+            if load < least:
+                chosen, least = worker, load
+                if not load:
+                    break
+        chosen.add(request)
+    for worker in pool:
+        worker.advance(inf)
+    return end_s
+
+
+class _PrefillWorker:
+    """Batches leave the first stage in order, each later stage takes one at a time."""
+
+    def __init__(
+        self, costs: PromptCosts, arrival_s: list[float], ttft_s: float, end_s: list[float]
+    ) -> None:
+        self.costs, self.arrival_s, self.ttft_s = costs, arrival_s, ttft_s
+        self.end_s = end_s  # written here
+        self.fresh: deque[int] = deque()
+        self.late: deque[int] = deque()
+        self.free_s = [0.0] * len(costs.bases)
+        self.running_tokens = 0
+        self.pending = 0  # tokens not begun
+
+    def add(self, request: int) -> None:
+        self.fresh.append(request)
+        self.pending += self.costs.prompts[request]
+
+    def outstanding(self, now_s: float) -> int:
+        return self.pending + (self.running_tokens if self.free_s[0] > now_s else 0)
+
+    def advance(self, now_s: float) -> None:
+        """Start every step that starts before `now_s`."""
+        free_s = self.free_s
+        while self.fresh or self.late:
+            start_s = free_s[0]
+            if not self.late:
+                start_s = max(start_s, self.arrival_s[self.fresh[0]])
+            if start_s >= now_s:
+                return
+            batch = self._take(start_s)
+            steps = self.costs.batch(batch)
+            at_s = free_s[0] = start_s + steps[0]
+            for stage in range(1, len(free_s)):
+                at_s = free_s[stage] = max(at_s, free_s[stage]) + steps[stage]
+            for request in batch:
+                self.end_s[request] = at_s
+
+    def _take(self, start_s: float) -> list[int]:
+        costs, fresh = self.costs, self.fresh
+        batch: list[int] = []
+        left = costs.budget
+        while fresh and left > 0:
+            request = fresh[0]
+            arrived_s = self.arrival_s[request]
+            if arrived_s > start_s:
+                break
+            if start_s + sum(costs.alone(request)) > arrived_s + self.ttft_s:
+                self.late.append(fresh.popleft())
+                continue
+            if batch and costs.prompts[request] > left:
+                break
+            left -= costs.prompts[request]
+            batch.append(fresh.popleft())
+        while self.late and left > 0 and not (batch and costs.prompts[self.late[0]] > left):
+            left -= costs.prompts[self.late[0]]
+            batch.append(self.late.popleft())
+        self.running_tokens = costs.budget - left
+        self.pending -= self.running_tokens
+        return batch
+
+
+class RowCosts:
+    """Seconds of a decode step by rows, and by their context."""
+
+    def __init__(self, latency: PhaseLatency) -> None:
+        self.latency = latency
+        self._known: dict[int, Slope] = {}
+
+    def of(self, rows: int) -> Slope:
+        known = self._known.get(rows)
+        if known is None:
+            base_s = self.latency.total_s(StepFeatures(decode_rows=rows))
+            far_s = self.latency.total_s(StepFeatures(decode_rows=rows, decode_context=FAR))
+            known = self._known[rows] = base_s, (far_s - base_s) / FAR
+        return known
+
+
+def decode_end_s(
+    costs: RowCosts,
+    ready_s: list[float],
+    prompts: Sequence[int],
+    outputs: Sequence[int],
+    workers: int,
+    limits: PoolLimits,
+) -> list[float]:
+    """When each last token is there, for requests whose first token and KV are at `ready_s`."""
+    stages = costs.latency.pipeline_parallel
+    end_s = list(ready_s)
+    rows = max(1, limits.max_batch_size // stages)
+    lanes = [
+        _DecodeLane(costs, prompts, outputs, rows, limits.kv_tokens // stages, end_s)
+        for _ in range(workers * stages)
+    ]
+    for request in sorted(range(len(ready_s)), key=ready_s.__getitem__):
+        if outputs[request] <= 1:
+            continue
+        at_s = ready_s[request]
+        for lane in lanes:
+            lane.advance(at_s)
+        chosen = lanes[0]
+        if len(lanes) > 1:
+            chosen = min(lanes, key=_DecodeLane.outstanding)
+        chosen.add(at_s, request)
+    for lane in lanes:
+        lane.advance(inf)
+    return end_s
+
+
+class _DecodeLane:
+    """One micro-batch of one worker: all its rows are in every step."""
+
+    __slots__ = (
+        "context",
+        "costs",
+        "end_s",
+        "ends",
+        "held",
+        "kv_tokens",
+        "max_rows",
+        "now_s",
+        "outputs",
+        "prompts",
+        "step",
+        "waiting",
+    )
+
+    def __init__(
+        self,
+        costs: RowCosts,
+        prompts: Sequence[int],
+        outputs: Sequence[int],
+        max_rows: int,
+        kv_tokens: int,
+        end_s: list[float],
+    ) -> None:
+        self.costs, self.prompts, self.outputs, self.end_s = costs, prompts, outputs, end_s
+        self.max_rows, self.kv_tokens = max_rows, kv_tokens
+        self.now_s = 0.0
+        self.step = self.context = self.held = 0
+        self.ends: list[tuple[int, int]] = []  # heap of (last step, request)
+        self.waiting: deque[int] = deque()
+
+    def outstanding(self) -> int:
+        return self.held + sum(map(self._need, self.waiting))
+
+    def _need(self, request: int) -> int:
+        """Positions it holds on the mean over its life: rows in all stages of growth share them."""
+        return self.prompts[request] + self.outputs[request] // 2
+
+    def add(self, at_s: float, request: int) -> None:
+        if not self.ends and not self.waiting:
+            self.now_s = max(self.now_s, at_s)
+        self.waiting.append(request)
+        self._admit()
+
+    def _admit(self) -> None:
+        while self.waiting and len(self.ends) < self.max_rows:
+            request = self.waiting[0]
+            need = self._need(request)
+            if self.ends and self.held + need > self.kv_tokens:
+                return
+            self.waiting.popleft()
+            self.held += need
+            self.context += self.prompts[request]
+            heapq.heappush(self.ends, (self.step + self.outputs[request] - 1, request))
+
+    def advance(self, until_s: float) -> None:
+        """Take every step that starts before `until_s`."""
+        ends = self.ends
+        while ends and self.now_s < until_s:
+            rows = len(ends)
+            base_s, slope_s = self.costs.of(rows)
+            first_s = base_s + slope_s * self.context
+            rise_s = slope_s * rows
+            steps = ends[0][0] - self.step
+            end_s = self.now_s + steps * first_s + rise_s * steps * (steps - 1) / 2
+            if end_s > until_s:
+                steps = min(steps, _steps_to(until_s - self.now_s, first_s, rise_s))
+                end_s = self.now_s + steps * first_s + rise_s * steps * (steps - 1) / 2
+            self.now_s = end_s
+            self.step += steps
+            self.context += rows * steps
+            done = False
+            while ends and ends[0][0] == self.step:
+                request = heapq.heappop(ends)[1]
+                self.end_s[request] = end_s
+                self.context -= self.prompts[request] + self.outputs[request] - 1
+                self.held -= self._need(request)
+                done = True
+            if done and self.waiting:
+                self._admit()
+
+
+def _steps_to(seconds: float, first_s: float, rise_s: float) -> int:
+    """The least number of steps, each `rise_s` longer than the last, that takes `seconds`."""
+    if rise_s <= 0:
+        return max(1, ceil(seconds / first_s))
+    half = first_s - rise_s / 2
+    return max(1, ceil((sqrt(half * half + 2 * rise_s * seconds) - half) / rise_s))
