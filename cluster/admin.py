@@ -60,6 +60,7 @@ class AdminService(AdminServicer):
             failovers=self._metrics.failovers,
             local_prefills=self._metrics.local_prefills,
             pid=os.getpid(),
+            vocab_size=self._served.vocab_size,
         )
         return pb.ClusterStatus(gateway=gateway, workers=await self._fleet.status())
 

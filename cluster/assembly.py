@@ -5,15 +5,14 @@ from __future__ import annotations
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ..decode_worker.scheduler import DecodeLimits, DecodeScheduler
 from ..decode_worker.worker import DecodeWorker
 from ..engine.blocks import BlockAllocator
-from ..engine.compute import ComputeThread
+from ..engine.compute import ComputeThread, StepRunner
+from ..engine.layout import KVLayout
 from ..engine.request import TransferAddress
-from ..engine.runner import Runner, build_runner
-from ..engine.sampler import Sampler
 from ..engine.spec import load_spec
 from ..engine.step_time_online import OnlineStepTime
 from ..kv_transfer.endpoint import KVEndpoint
@@ -21,6 +20,7 @@ from ..kv_transfer.events import TransferConfig
 from ..kv_transfer.memory import PoolMemory
 from ..prefill_worker.scheduler import PrefillLimits, PrefillScheduler
 from ..prefill_worker.worker import PrefillWorker
+from .paced import build_paced_runner, pool_bytes_per_s
 from .proto import worker_pb2 as pb
 from .spec import WorkerSpec
 from .wire import address_to_pb
@@ -32,7 +32,7 @@ class AssembledWorker:
 
     spec: WorkerSpec
     worker: PrefillWorker | DecodeWorker
-    runner: Runner
+    runner: StepRunner
     compute: ComputeThread
     kv: KVEndpoint
     address: TransferAddress
@@ -102,7 +102,7 @@ async def assemble(spec: WorkerSpec) -> AsyncIterator[AssembledWorker]:
     memories: list[PoolMemory] = []
     runner = _build_runner(spec, memories)
     compute = ComputeThread(runner)
-    kv = KVEndpoint(spec.worker, runner.layout, memories[0], _transfer_config(spec))
+    kv = KVEndpoint(spec.worker, runner.layout, memories[0], _transfer_config(spec, runner.layout))
     try:
         address = await kv.start()
         worker = _build_worker(spec, compute, kv, address)
@@ -115,13 +115,17 @@ async def assemble(spec: WorkerSpec) -> AsyncIterator[AssembledWorker]:
         memories[0].close()
 
 
-def _build_runner(spec: WorkerSpec, memories: list[PoolMemory]) -> Runner:
-    model = load_spec(spec.model.path)
-
+def _build_runner(spec: WorkerSpec, memories: list[PoolMemory]) -> StepRunner:
     def allocate(num_bytes: int) -> memoryview:
         memories.append(PoolMemory(num_bytes))
         return memories[-1].buffer
 
+    if spec.pool.device == "paced":
+        return build_paced_runner(spec, allocate)
+    from ..engine.runner import build_runner  # torch, which a paced worker never waits for
+    from ..engine.sampler import Sampler
+
+    model = load_spec(spec.model.path)
     runner = build_runner(
         spec.model.path,
         sampler=Sampler(model.vocab_size, model.eos_token_ids),
@@ -179,10 +183,14 @@ def _build_worker(
     )
 
 
-def _transfer_config(spec: WorkerSpec) -> TransferConfig:
-    return TransferConfig(
+def _transfer_config(spec: WorkerSpec, layout: KVLayout) -> TransferConfig:
+    config = TransferConfig(
         transport=spec.transfer.transport,
         lease_s=spec.transfer.lease_s,
         silence_s=spec.heartbeat_timeout_s,
         host=spec.host,
     )
+    if spec.pool.device == "paced":  # whose KV is small only in this machine's memory
+        pace = pool_bytes_per_s(spec, layout)
+        config = replace(config, small_bytes=0, pace_bytes_per_s=pace)
+    return config

@@ -9,6 +9,7 @@ from pathlib import Path
 from ..configs.errors import InvalidConfig
 from ..configs.schema import ClusterConfig
 from ..engine.spec import ModelSpec, load_spec
+from .paced import check_paced, paced_token_bytes
 
 
 def resolve(config: ClusterConfig) -> ClusterConfig:
@@ -18,7 +19,10 @@ def resolve(config: ClusterConfig) -> ClusterConfig:
     model has no positions for, and a KV cache that cannot hold one sequence of full length.
     """
     path = config.model.path
-    _check_files(path)
+    paced = config.decode.device == "paced"
+    _check_files(path, with_weights=not paced)
+    for pool in (config.prefill, config.decode) if paced else ():
+        check_paced(config.model, config.paced, pool.tensor_parallel)
     spec = load_spec(path)
     limit = position_limit(spec)
     asked = config.model.max_model_len
@@ -67,18 +71,20 @@ def _bytes_for(config: ClusterConfig, spec: ModelSpec, num_tokens: int) -> int:
 
 
 def _token_bytes(config: ClusterConfig, spec: ModelSpec) -> int:
+    if config.decode.device == "paced":
+        return paced_token_bytes(config.model, config.paced)
     dtype = spec.dtype if config.model.dtype == "auto" else config.model.dtype
     return spec.kv_bytes_per_token(dtype)
 
 
-def _check_files(path: Path) -> None:
+def _check_files(path: Path, *, with_weights: bool) -> None:
     if not path.is_dir():
         raise InvalidConfig(
             "model.path", f"{path} is no folder", "point it at a Hugging Face checkpoint"
         )
     index = path / "model.safetensors.index.json"
-    names = ["model.safetensors"]
-    if index.exists():
+    names = ["model.safetensors"] if with_weights else []
+    if with_weights and index.exists():
         try:
             names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
         except (OSError, ValueError, KeyError, AttributeError) as error:

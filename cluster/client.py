@@ -118,11 +118,15 @@ class AsyncClient:
         **sampling: Any,
     ) -> AsyncIterator[Output]:
         """Stream one request. `sampling` takes the fields of `GenerateRequest` by name."""
-        request = build_request(prompt, token_ids, sampling)
+        async for message in self.stream(build_request(prompt, token_ids, sampling)):
+            yield output_from_pb(message)
+
+    async def stream(self, request: pb.GenerateRequest) -> AsyncIterator[pb.GenerateResponse]:
+        """As `generate`, with the messages as they travel, for whoever counts every microsecond."""
         call = self._generation.Generate(request, timeout=_call_timeout_s(request))
         try:
             async for message in call:
-                yield output_from_pb(message)
+                yield message
         except grpc.aio.AioRpcError as error:
             raise _named(error) from error
         finally:

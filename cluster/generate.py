@@ -23,7 +23,7 @@ EXAMPLES = """\
   phasewise generate --token-ids 5,6,7 --address 127.0.0.1:50051 --json
 """
 
-CONNECT_S = 5.0
+CONNECT_S = 3.0
 NUMBERS = {  # field of GenerateRequest: type and what its page says
     "max_tokens": (int, "tokens to generate at most"),
     "min_tokens": (int, "tokens before the stream may stop"),

@@ -13,6 +13,7 @@ from ..engine.request import WorkerId
 from .spec import WorkerSpec
 
 SHARE = 0.25  # of a CPU, asked by a worker that shares cores or computes elsewhere
+PACED_SHARE = 0.05  # by a worker that sleeps through its steps
 
 Resources = Mapping[str, float]  # by Ray's names: CPU, GPU
 
@@ -30,6 +31,7 @@ def worker_specs(config: ClusterConfig, cores: int) -> list[WorkerSpec]:
         kv=config.kv,
         transfer=config.transfer,
         slo=config.slo,
+        paced=config.paced,
         heartbeat_s=heartbeat_s / 4,
         heartbeat_timeout_s=heartbeat_s,
     )
@@ -85,6 +87,8 @@ def _asks(pool: PrefillConfig | DecodeConfig) -> Resources:
     cores, but not without limit."""
     if pool.device == "cuda":
         return {"GPU": 1.0, "CPU": SHARE}
+    if pool.device == "paced":
+        return {"CPU": PACED_SHARE}
     return {"CPU": float(pool.threads) if pool.threads else SHARE}
 
 

@@ -4,7 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..configs.schema import DecodeConfig, KVConfig, ModelConfig, PrefillConfig, SloConfig
+from ..configs.schema import (
+    DecodeConfig,
+    KVConfig,
+    ModelConfig,
+    PacedConfig,
+    PrefillConfig,
+    SloConfig,
+)
 from ..configs.schema import TransferConfig as TransferSection
 from ..engine.request import WorkerId
 
@@ -23,6 +30,7 @@ class WorkerSpec:
     slo: SloConfig
     prefill: PrefillConfig | None = None
     decode: DecodeConfig | None = None
+    paced: PacedConfig = PacedConfig()
     host: str = "127.0.0.1"  # where its servers listen, as gateway and peers reach it
     heartbeat_s: float = 0.25
     heartbeat_timeout_s: float = 1.0  # a peer silent for this long is lost

@@ -24,7 +24,7 @@ EXAMPLES = """\
   phasewise status --address 127.0.0.1:50051 --json
 """
 
-CONNECT_S = 5.0
+CONNECT_S = 3.0
 WIDTH = 140  # without a terminal
 STATE_STYLES = {"ready": "green", "draining": "yellow", "lost": "red", "restarting": "yellow"}
 

@@ -94,7 +94,7 @@ class Supervisor:
     async def start(self, specs: Sequence[WorkerSpec]) -> None:
         """Start all at once. Raises the first error, after every other start has ended too."""
         results = await asyncio.gather(
-            *(self._launcher.start(spec) for spec in specs), return_exceptions=True
+            *(self._launch(spec) for spec in specs), return_exceptions=True
         )
         for result in results:
             if isinstance(result, BaseException):
@@ -114,8 +114,12 @@ class Supervisor:
         self._live.clear()
         await asyncio.gather(*(self._launcher.stop(worker, drain_s) for worker in live))
 
-    def _join(self, spec: WorkerSpec, started: Started, *, restarts: int) -> None:
+    async def _launch(self, spec: WorkerSpec) -> Started:
+        started = await self._launcher.start(spec)
         self._live.add(spec.worker)
+        return started
+
+    def _join(self, spec: WorkerSpec, started: Started, *, restarts: int) -> None:
         name = spec.worker.name
         self._fleet.add(started.address, spec.role, name=name, restarts=restarts)
 
@@ -166,7 +170,7 @@ class Supervisor:
             worker = replace(spec.worker, incarnation=spec.worker.incarnation + 1)
             spec = replace(spec, worker=worker)
             try:
-                return spec, await self._launcher.start(spec)
+                return spec, await self._launch(spec)
             except PhasewiseError as error:
                 log.warning("%s did not start: %s", worker, error)
                 deaths_s.append(self._clock())

@@ -9,15 +9,16 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar, get_type_hints
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 import yaml
 from yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 
 from .errors import InvalidConfig
+from .plan_schema import PlanConfig
 from .rules import check_rules
 from .schema import ClusterConfig
 from .values import check_value
@@ -51,6 +52,22 @@ def load_cluster(path: Path | str, overrides: Sequence[str] = ()) -> ClusterConf
     config = load_file(ClusterConfig, Path(path), overrides)
     check_rules(config)
     return config
+
+
+def load_plan(path: Path | str, overrides: Sequence[str] = ()) -> PlanConfig:
+    """The plan file at `path`, in the same way. Contradictions are found by the planner."""
+    return load_file(PlanConfig, Path(path), overrides)
+
+
+def dump(sections: Mapping[str, Mapping[str, Any]], heading: str = "") -> str:
+    """A cluster file: a line a section, as in the examples, below `heading` as comments."""
+    comments = "".join(f"# {line}".rstrip() + "\n" for line in heading.splitlines())
+    width = max(map(len, sections)) + 1
+    lines = []
+    for name, values in sections.items():
+        flow = yaml.safe_dump(dict(values), default_flow_style=True, sort_keys=False, width=10_000)
+        lines.append(f"{name + ':':<{width}} {flow.strip()}\n")
+    return comments + "".join(lines)
 
 
 def load_file(cls: type[T], path: Path, overrides: Sequence[str] = ()) -> T:
@@ -178,10 +195,31 @@ def _value(root: Any, hint: Any, entry: Leaf | Section, key: str, folder: Path) 
             words = ", ".join(field.name for field in dataclasses.fields(hint))
             raise InvalidConfig(key, "is a section", f"give keys below it: {words}", at=entry.at)
         return _build(root, hint, entry, key, folder)
+    if get_origin(hint) is Mapping:
+        return _named(root, get_args(hint)[1], entry, key, folder)
     if isinstance(entry, Section):
         raise InvalidConfig(key, "is one value, not a section", "give one value", at=entry.at)
     base = Path.cwd() if entry.at == "--set" else folder
     return check_value(hint, entry.value, key, at=entry.at, folder=base)
+
+
+def _named(root: Any, hint: Any, entry: Leaf | Section, key: str, folder: Path) -> dict[str, Any]:
+    """A section whose keys are names of the writer's own; `Any`: checked by who understands it."""
+    if isinstance(entry, Leaf) or not entry.entries:
+        raise InvalidConfig(key, "is a section", "give keys below it", at=entry.at)
+    if hint is Any:
+        return _plain(entry)
+    return {
+        name: _value(root, hint, below, _join(key, name), folder)
+        for name, below in entry.entries.items()
+    }
+
+
+def _plain(section: Section) -> dict[str, Any]:
+    return {
+        name: below.value if isinstance(below, Leaf) else _plain(below)
+        for name, below in section.entries.items()
+    }
 
 
 def _has_default(field: dataclasses.Field[Any]) -> bool:
@@ -207,8 +245,9 @@ def key_paths(cls: Any, prefix: str = "") -> Iterator[str]:
     for name, hint in get_type_hints(cls, include_extras=True).items():
         path = _join(prefix, name)
         yield path
-        if dataclasses.is_dataclass(hint):
-            yield from key_paths(hint, path)
+        below = get_args(hint)[1] if get_origin(hint) is Mapping else hint
+        if dataclasses.is_dataclass(below):
+            yield from key_paths(below, path if below is hint else f"{path}.NAME")
 
 
 def _join(prefix: str, word: str) -> str:

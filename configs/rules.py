@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .errors import InvalidConfig
-from .schema import ClusterConfig, DecodeConfig, PrefillConfig
+from .schema import ClusterConfig, DecodeConfig, PacedConfig, PrefillConfig
 from .values import parse_host_port
 
 
@@ -13,6 +13,7 @@ def check_rules(config: ClusterConfig) -> None:
     for name, pool in (("prefill", config.prefill), ("decode", config.decode)):
         _check_shards(name, pool)
     _check_devices(config)
+    _check_paced(config)
     _check_addresses(config)
 
 
@@ -34,9 +35,11 @@ def _check_phases(config: ClusterConfig) -> None:
 
 
 def _check_shards(name: str, pool: PrefillConfig | DecodeConfig) -> None:
-    """The one place that refuses workers of several devices; the engine computes on one."""
+    """The one place that refuses workers of several devices; the engine computes on one. A paced
+    worker pretends to be a tensor-parallel group, but has one step at a time like all others."""
     for key in ("tensor_parallel", "pipeline_parallel"):
-        if getattr(pool, key) > 1:
+        pretended = pool.device == "paced" and key == "tensor_parallel"
+        if getattr(pool, key) > 1 and not pretended:
             raise InvalidConfig(
                 f"{name}.{key}",
                 f"{getattr(pool, key)}: a worker computes on one device in this version",
@@ -47,12 +50,39 @@ def _check_shards(name: str, pool: PrefillConfig | DecodeConfig) -> None:
 def _check_devices(config: ClusterConfig) -> None:
     pools = (("prefill", config.prefill), ("decode", config.decode))
     for name, pool in pools:
-        if pool.device == "cuda" and pool.threads:
+        if pool.device != "cpu" and pool.threads:
             raise InvalidConfig(
                 f"{name}.threads",
-                f"{pool.threads}, while {name}.device is cuda: the CPU does not compute",
+                f"{pool.threads}, while {name}.device is {pool.device}: the CPU does not compute",
                 f"leave {name}.threads out",
             )
+
+
+def _check_paced(config: ClusterConfig) -> None:
+    """A rehearsal is of the whole cluster: the KV of paced workers means nothing to others."""
+    paced = config.paced
+    devices = {config.decode.device}
+    if config.prefill.replicas:
+        devices.add(config.prefill.device)
+    if "paced" not in devices:
+        if paced != PacedConfig():
+            raise InvalidConfig(
+                "paced",
+                "is given, while no pool has device: paced",
+                "set prefill.device and decode.device to paced, or take the section out",
+            )
+        return
+    if devices != {"paced"}:
+        other = "prefill" if config.decode.device == "paced" else "decode"
+        raise InvalidConfig(
+            f"{other}.device", "is not paced, while the other pool's is", "set both to paced"
+        )
+    if not paced.hardware and (paced.profile is None or paced.link != "free"):
+        raise InvalidConfig(
+            "paced.hardware",
+            "is missing: step times and links have to come from somewhere",
+            "name a sheet, as in h100, or give paced.profile and paced.link: free",
+        )
 
 
 def _check_addresses(config: ClusterConfig) -> None:

@@ -47,7 +47,7 @@ Seconds = Annotated[float, Above(0.0)]
 Size = Annotated[int, Bytes()]
 Address = Annotated[str, HostPort()]
 
-Device = Literal["cpu", "cuda"]
+Device = Literal["cpu", "cuda", "paced"]
 LocalPrefill = Literal["never", "auto", "always"]
 
 
@@ -169,6 +169,24 @@ class GatewayConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class PacedConfig:
+    """What workers of `device: paced` pretend to be. They compute nothing: their steps take the
+    time that the latency model gives, their tokens follow from the prompt."""
+
+    hardware: str = ""
+    """A hardware sheet, by name as in h100 or the path of one's own: step times from it and the
+    model's shape, where no profile is given, and the links' speed."""
+    profile: Path | None = None
+    """Step times from a profile that `phasewise profile` wrote."""
+    model: Path | None = None
+    """The model pretended: a checkpoint's folder, of which config.json alone is read.
+    null: `model.path`."""
+    link: Literal["free", "node", "network"] = "free"
+    """How fast KV travels. node: as inside a machine of the hardware, network: as between two of
+    them, free: as this machine does it."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class RayConfig:
     """What places and watches the worker processes."""
 
@@ -188,3 +206,4 @@ class ClusterConfig:
     slo: SloConfig = field(default_factory=SloConfig)
     gateway: GatewayConfig = field(default_factory=GatewayConfig)
     ray: RayConfig = field(default_factory=RayConfig)
+    paced: PacedConfig = field(default_factory=PacedConfig)

@@ -7,9 +7,11 @@ import logging
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from typing import Protocol
 
 from .batch import Batch, StepOutput
-from .runner import Runner
+from .layout import KVLayout
+from .spec import ModelSpec
 
 log = logging.getLogger(__name__)
 
@@ -18,10 +20,24 @@ class StepFailed(Exception):
     """The model step raised: a bug or a broken device, never a client's fault."""
 
 
+class StepRunner(Protocol):
+    """`runner.Runner`, or `paced.PacedRunner`, which needs no torch."""
+
+    max_model_len: int
+
+    @property
+    def spec(self) -> ModelSpec: ...
+
+    @property
+    def layout(self) -> KVLayout: ...
+
+    def run(self, batch: Batch, layer_done: Callable[[int], None] | None = None) -> StepOutput: ...
+
+
 class ComputeThread:
     """Owns the thread. Only the loop calls it; only the thread touches the runner."""
 
-    def __init__(self, runner: Runner) -> None:
+    def __init__(self, runner: StepRunner) -> None:
         self.runner = runner
         self.steps = 0
         self.step_started_s: float | None = None  # a gauge for hung steps

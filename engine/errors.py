@@ -43,3 +43,7 @@ class DeadlineExceeded(PhasewiseError):
 
 class Cancelled(PhasewiseError):
     """The client, or an abort from another call, ended the request (gRPC CANCELLED)."""
+
+
+class RankLost(PhasewiseError):
+    """A rank of a worker died, hung or was cut off: the whole worker ends."""

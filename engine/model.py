@@ -1,6 +1,8 @@
 """The forward pass over a flat batch of tokens: embedding, layers, head. No sampling, no blocks.
 
-The order of operations is transformers', so that float32 greedy tokens agree.
+The order of operations is transformers', so that float32 greedy tokens agree. A model is one rank's
+shard: `reduce` adds up what the tensor ranks of its stage computed, and stages hand on the hidden
+state between them.
 """
 
 from __future__ import annotations
@@ -16,10 +18,12 @@ from ..kernels.operators import Operators, Plan
 from ..kernels.rows import Rows
 from .cache import KVCache
 from .rope import RopeTable
+from .shard_plan import Shard
 from .spec import ModelSpec
 from .weights import LayerWeights, Linear, ModelWeights, Norm
 
 LayerDone = Callable[[int], None]
+Reduce = Callable[[Tensor], None]  # sums a tensor over the stage's ranks, in place
 
 
 def _linear(x: Tensor, linear: Linear) -> Tensor:
@@ -27,17 +31,25 @@ def _linear(x: Tensor, linear: Linear) -> Tensor:
 
 
 class Model:
-    """Weights and operators of one device; `forward` fills the cache and returns logits."""
+    """Weights and operators of one device; `forward` fills the cache and returns logits.
+
+    `reduce` is None where the shard's stage has one rank.
+    """
 
     def __init__(
         self,
         spec: ModelSpec,
+        shard: Shard,
         weights: ModelWeights,
         operators: Operators,
         max_model_len: int,
         device: torch.device,
+        reduce: Reduce | None = None,
     ) -> None:
+        assert (reduce is None) == (shard.tensor_parallel == 1)
         self.spec = spec
+        self.shard = shard
+        self._reduce = reduce
         self._weights = weights
         self._operators = operators
         self._device = device
@@ -56,29 +68,62 @@ class Model:
         last: np.ndarray,  # int64: tokens whose logits are wanted
         cache: KVCache,
         layer_done: LayerDone | None,
-    ) -> Tensor:  # float32 [len(last), vocab]
-        """Compute a step. `layer_done(i)` follows layer i's last write into its blocks."""
+        received: Tensor | None = None,  # [tokens, hidden]: from the stage before
+    ) -> Tensor:
+        """Compute a step. `layer_done(i)` follows the last write into the stage's layer i.
+
+        Returns float32 logits [len(last), the shard's vocab], or before the last stage the hidden
+        state [tokens, hidden].
+        """
         positions = torch.from_numpy(rows.positions).to(self._device)
         cos_sin, angles = None, positions
         if self._rope is not None:
             cos_sin, angles = self._rope.angles(rows.positions, prompt_lengths[rows.row_of])
         plan = self._operators.plan(rows, angles, self._device)
-        hidden = self._embed(torch.from_numpy(token_ids).to(self._device), positions)
+        hidden = received
+        if hidden is None:
+            hidden = self._embed(torch.from_numpy(token_ids).to(self._device), positions)
         wanted = torch.from_numpy(last).to(self._device)
         decode = self._opt_layers if self.spec.is_opt else self._rotary_layers
         hidden = decode(hidden, plan, cos_sin, wanted, cache, layer_done)
+        if self._weights.head is None:
+            return hidden
         if self._weights.project_out is not None:
             hidden = _linear(hidden, self._weights.project_out)
         return F.linear(hidden, self._weights.head).float()
 
     def _embed(self, token_ids: Tensor, positions: Tensor) -> Tensor:
         weights = self._weights
-        hidden = F.embedding(token_ids, weights.embedding)
+        assert weights.embedding is not None, "the first stage embeds"
+        if self._reduce is None:
+            hidden = F.embedding(token_ids, weights.embedding)
+        else:
+            hidden = self._embed_own(token_ids, weights.embedding)
+            self._reduce(hidden)
         if weights.project_in is not None:
             hidden = _linear(hidden, weights.project_in)
         if weights.positions is not None:
             hidden = hidden + F.embedding(positions + 2, weights.positions)  # OPT keeps 2 rows free
         return hidden
+
+    def _embed_own(self, token_ids: Tensor, embedding: Tensor) -> Tensor:
+        """Embeddings of the shard's part of the vocabulary, zeros for other tokens."""
+        own = token_ids - self.shard.vocab.start
+        other = (own < 0) | (own >= len(self.shard.vocab))
+        return F.embedding(own.masked_fill(other, 0), embedding).masked_fill_(other[:, None], 0)
+
+    def _sum_of(self, x: Tensor, linear: Linear) -> Tensor:
+        """`linear` of what every rank of the stage has a part of."""
+        out = _linear(x, linear)
+        if self._reduce is not None:
+            self._reduce(out)
+        return out
+
+    def _window(self, index: int) -> int:
+        return self.spec.windows[self.shard.layers.start + index]
+
+    def _is_last(self, index: int) -> bool:
+        return self._weights.head is not None and index == len(self._weights.layers) - 1
 
     def _attend(
         self,
@@ -95,7 +140,7 @@ class Model:
         ops.rope_append(qkv, kv, plan, cos_sin, layer.qk_norm, self.spec.norm_eps)  # type: ignore
         if layer_done is not None:
             layer_done(index)
-        return ops.attention(qkv, kv, plan, window=self.spec.windows[index], scale=scale)  # type: ignore
+        return ops.attention(qkv, kv, plan, window=self._window(index), scale=scale)  # type: ignore
 
     def _rotary_layers(
         self,
@@ -113,11 +158,13 @@ class Model:
             x = self._rms(residual, layer.attention_norm, delta)
             qkv = _linear(x, layer.qkv)
             attended = self._attend(qkv, index, plan, cos_sin, cache, layer_done, self._scale)
-            if index == len(self._weights.layers) - 1:  # only these go on to the head
+            if self._is_last(index):  # only these go on to the head
                 attended, residual = attended[wanted], residual[wanted]
-            x = self._rms(residual, layer.mlp_norm, _linear(attended, layer.out))
-            delta = _linear(ops.silu_mul(_linear(x, layer.up)), layer.down)
-        assert self._weights.final_norm is not None
+            x = self._rms(residual, layer.mlp_norm, self._sum_of(attended, layer.out))
+            delta = self._sum_of(ops.silu_mul(_linear(x, layer.up)), layer.down)
+        if self._weights.final_norm is None:
+            assert delta is not None, "a stage has a layer"
+            return residual.add_(delta)
         return self._rms(residual, self._weights.final_norm, delta)
 
     def _rms(self, residual: Tensor, norm: Norm, delta: Tensor | None) -> Tensor:
@@ -144,11 +191,11 @@ class Model:
         for index, layer in enumerate(self._weights.layers):
             x = self._layer_norm(hidden, layer.attention_norm) if first else hidden
             qkv = _linear(x, layer.qkv)
-            qkv[:, : self.spec.num_heads * self.spec.head_dim] *= self._scale  # q, as OPT does
+            qkv[:, : len(self.shard.heads) * self.spec.head_dim] *= self._scale  # q, as OPT does
             attended = self._attend(qkv, index, plan, cos_sin, cache, layer_done, 1.0)
-            if index == len(self._weights.layers) - 1:
+            if self._is_last(index):
                 attended, hidden = attended[wanted], hidden[wanted]
-            hidden = hidden + _linear(attended, layer.out)
+            hidden = hidden + self._sum_of(attended, layer.out)
             hidden = hidden if first else self._layer_norm(hidden, layer.attention_norm)
             hidden = self._opt_mlp(hidden, layer)
         norm = self._weights.final_norm
@@ -157,5 +204,5 @@ class Model:
     def _opt_mlp(self, hidden: Tensor, layer: LayerWeights) -> Tensor:
         first = self.spec.norm_first
         x = self._layer_norm(hidden, layer.mlp_norm) if first else hidden
-        hidden = hidden + _linear(F.relu(_linear(x, layer.up)), layer.down)
+        hidden = hidden + self._sum_of(F.relu(_linear(x, layer.up)), layer.down)
         return hidden if first else self._layer_norm(hidden, layer.mlp_norm)

@@ -1,26 +1,21 @@
 """Weights from safetensors, mapped and copied once into the fused tensors the model multiplies.
 
-A `Checkpoint` opens the files and checks every name and shape; `load_layer` fuses one layer, so
-that a rank may later load only its own.
+Each rank reads only its shard: the layers of its stage, and of each matrix the rows or columns
+that are its own.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from .cache import TORCH_DTYPES
-from .errors import InvalidConfig
+from .checkpoint import Checkpoint, Shape
+from .shard_plan import Shard
 from .spec import ModelSpec
-
-Shape = tuple[int, ...]
-_IGNORED = ("rotary_emb.inv_freq",)  # buffers that old checkpoints carry
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -37,6 +32,11 @@ class Norm:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LayerWeights:
+    """One layer's shard: qkv and up hold the rank's rows, out and down its columns.
+
+    Of a bias that follows the sum over tensor ranks, the first of them has all and no other any.
+    """
+
     attention_norm: Norm
     qkv: Linear  # [(heads + 2 kv_heads) * head_dim, hidden]
     out: Linear
@@ -48,94 +48,13 @@ class LayerWeights:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelWeights:
-    embedding: Tensor  # [vocab, embed_dim]
+    embedding: Tensor | None  # [vocab, embed_dim]; first stage only, like the two below
     positions: Tensor | None  # learned: [max_positions + 2, hidden]
     project_in: Linear | None
+    layers: list[LayerWeights]  # of the stage
+    final_norm: Norm | None  # last stage only, like the two below
     project_out: Linear | None
-    layers: list[LayerWeights]
-    final_norm: Norm | None
-    head: Tensor  # [vocab, embed_dim]; the embedding itself when tied
-
-
-class Checkpoint:
-    """The safetensors files of a directory: where each tensor is, without reading any."""
-
-    def __init__(self, directory: str | Path, dtype: torch.dtype, device: torch.device) -> None:
-        self._dtype, self._device = dtype, device
-        self._files: dict[str, Path] = {}
-        self._open = {}
-        for path in _weight_files(Path(directory)):
-            try:
-                handle = safe_open(path, framework="pt")
-            except FileNotFoundError:
-                raise InvalidConfig(
-                    str(path), "is named by the index but missing", "restore the file"
-                ) from None
-            except (SafetensorError, OSError) as error:
-                raise InvalidConfig(
-                    str(path), f"is truncated or no safetensors file ({error})", "fetch it again"
-                ) from None
-            self._open[path] = handle
-            self._files.update(dict.fromkeys(handle.keys(), path))
-
-    def check_names(self, wanted: dict[str, Shape], optional: Iterable[str]) -> None:
-        """Refuse missing, misshaped and unexpected tensors, by name and file."""
-        for name, shape in wanted.items():
-            if name not in self._files:
-                where = next(iter(self._open)).parent
-                raise InvalidConfig(
-                    str(where), f"tensor {name} is missing", "the checkpoint is incomplete"
-                )
-            path = self._files[name]
-            found = tuple(self._open[path].get_slice(name).get_shape())
-            if found != shape:
-                raise InvalidConfig(
-                    str(path),
-                    f"tensor {name} has shape {list(found)}, config.json says {list(shape)}",
-                    "weights and config.json must be of one checkpoint",
-                )
-        known = wanted.keys() | set(optional)
-        for name, path in self._files.items():
-            if name not in known and not name.endswith(_IGNORED):
-                raise InvalidConfig(
-                    str(path), f"tensor {name} is unexpected", "config.json must match the weights"
-                )
-
-    def __contains__(self, name: str) -> bool:
-        return name in self._files
-
-    def fused(self, names: list[str]) -> Tensor:
-        """Tensors of these names, one above the other, in the dtype and on the device."""
-        parts = [self._open[self._files[name]].get_tensor(name) for name in names]
-        rows = sum(part.shape[0] for part in parts)
-        result = torch.empty((rows, *parts[0].shape[1:]), dtype=self._dtype, device=self._device)
-        at = 0
-        for part in parts:
-            result[at : at + part.shape[0]].copy_(part)
-            at += part.shape[0]
-        return result
-
-
-def _weight_files(root: Path) -> list[Path]:
-    index = root / "model.safetensors.index.json"
-    if index.exists():
-        try:
-            names = sorted(
-                set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-            )
-        except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-            raise InvalidConfig(
-                str(index), f"cannot be read ({error!r})", "restore the file"
-            ) from None
-        return [root / name for name in names]
-    single = root / "model.safetensors"
-    if not single.exists():
-        raise InvalidConfig(
-            str(root),
-            "holds neither model.safetensors nor model.safetensors.index.json",
-            "save the checkpoint as safetensors",
-        )
-    return [single]
+    head: Tensor | None  # [vocab, embed_dim]; the embedding itself when tied
 
 
 class _Names:
@@ -216,13 +135,6 @@ class _Names:
         return shapes
 
 
-def _linear(checkpoint: Checkpoint, names: list[str], bias: bool) -> Linear:
-    return Linear(
-        weight=checkpoint.fused([name + ".weight" for name in names]),
-        bias=checkpoint.fused([name + ".bias" for name in names]) if bias else None,
-    )
-
-
 def _norm(checkpoint: Checkpoint, name: str) -> Norm:
     return Norm(
         weight=checkpoint.fused([name + ".weight"]) if name + ".weight" in checkpoint else None,
@@ -230,44 +142,80 @@ def _norm(checkpoint: Checkpoint, name: str) -> Norm:
     )
 
 
-def load_layer(checkpoint: Checkpoint, spec: ModelSpec, layer: int) -> LayerWeights:
-    """One decoder layer, fused."""
+def _by_rows(checkpoint: Checkpoint, names: list[str], rows: list[range], bias: bool) -> Linear:
+    """A rank's rows of each matrix: it computes that part of the outputs."""
+    return Linear(
+        weight=checkpoint.fused([name + ".weight" for name in names], rows=rows),
+        bias=checkpoint.fused([name + ".bias" for name in names], rows=rows) if bias else None,
+    )
+
+
+def _by_columns(checkpoint: Checkpoint, names: list[str], columns: range, bias: bool) -> Linear:
+    """A rank's columns: it computes a summand of all outputs. With `bias`, the bias too."""
+    return Linear(
+        weight=checkpoint.fused([name + ".weight" for name in names], columns=columns),
+        bias=checkpoint.fused([name + ".bias" for name in names]) if bias else None,
+    )
+
+
+def load_layer(checkpoint: Checkpoint, spec: ModelSpec, layer: int, shard: Shard) -> LayerWeights:
+    """A rank's part of one decoder layer, fused."""
     names = _Names(spec).layer(layer)
     qk_norm = None
     if spec.qk_norm:
         q, k = (checkpoint.fused([names[key][0] + ".weight"]) for key in ("q_norm", "k_norm"))
         qk_norm = (q, k)
+    heads, kv_heads = (
+        range(part.start * spec.head_dim, part.stop * spec.head_dim)
+        for part in (shard.heads, shard.kv_heads)
+    )
+    adds_bias = shard.tensor_rank == 0
+    inner = [shard.inner] * len(names["up"])
     return LayerWeights(
         attention_norm=_norm(checkpoint, names["attention_norm"][0]),
-        qkv=_linear(checkpoint, names["qkv"], spec.qkv_bias),
-        out=_linear(checkpoint, names["out"], spec.out_bias),
+        qkv=_by_rows(checkpoint, names["qkv"], [heads, kv_heads, kv_heads], spec.qkv_bias),
+        out=_by_columns(checkpoint, names["out"], heads, spec.out_bias and adds_bias),
         qk_norm=qk_norm,
         mlp_norm=_norm(checkpoint, names["mlp_norm"][0]),
-        up=_linear(checkpoint, names["up"], spec.mlp_bias),
-        down=_linear(checkpoint, names["down"], spec.mlp_bias),
+        up=_by_rows(checkpoint, names["up"], inner, spec.mlp_bias),
+        down=_by_columns(checkpoint, names["down"], shard.inner, spec.mlp_bias and adds_bias),
     )
 
 
 def load_weights(
-    directory: str | Path, spec: ModelSpec, dtype: str, device: torch.device
+    directory: str | Path, spec: ModelSpec, dtype: str, device: torch.device, shard: Shard
 ) -> ModelWeights:
-    """All weights in `dtype` ("float32" | "bfloat16" | "float16") on a device.
+    """A rank's weights in `dtype` ("float32" | "bfloat16" | "float16") on a device.
 
     Raises InvalidConfig naming the file and tensor that is missing, misshaped or unexpected.
     """
     checkpoint = Checkpoint(directory, TORCH_DTYPES[dtype], device)
     names = _Names(spec)
     checkpoint.check_names(names.shapes(), optional=("lm_head.weight",))
-    embedding = checkpoint.fused([names.root + "embed_tokens.weight"])
+    first, last = shard.is_first_stage, shard.is_last_stage
+    embedding = names.root + "embed_tokens.weight"
+    tied = spec.tied_embeddings
+
+    def vocabulary(name: str) -> Tensor:
+        return checkpoint.fused([name], rows=[shard.vocab])
+
+    def projection(name: str) -> Linear:
+        return Linear(weight=checkpoint.fused([f"{names.root}{name}.weight"]), bias=None)
+
     projected = spec.embed_dim != spec.hidden_size
+    embedded = vocabulary(embedding) if first else None
+    head = None
+    if last:
+        shared = tied and embedded is not None
+        head = embedded if shared else vocabulary(embedding if tied else "lm_head.weight")
     return ModelWeights(
-        embedding=embedding,
+        embedding=embedded,
         positions=checkpoint.fused([names.root + "embed_positions.weight"])
-        if spec.is_opt
+        if spec.is_opt and first
         else None,
-        project_in=_linear(checkpoint, [names.root + "project_in"], False) if projected else None,
-        project_out=_linear(checkpoint, [names.root + "project_out"], False) if projected else None,
-        layers=[load_layer(checkpoint, spec, layer) for layer in range(spec.num_layers)],
-        final_norm=_norm(checkpoint, names.final_norm) if spec.final_norm else None,
-        head=embedding if spec.tied_embeddings else checkpoint.fused(["lm_head.weight"]),
+        project_in=projection("project_in") if projected and first else None,
+        layers=[load_layer(checkpoint, spec, layer, shard) for layer in shard.layers],
+        final_norm=_norm(checkpoint, names.final_norm) if spec.final_norm and last else None,
+        project_out=projection("project_out") if projected and last else None,
+        head=head,
     )

@@ -11,7 +11,8 @@ import asyncio
 import itertools
 import zlib
 from collections import Counter
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Coroutine, Sequence
+from typing import Any
 
 from ..engine.layout import KVLayout
 from ..engine.request import TransferAddress, WorkerId
@@ -22,6 +23,7 @@ from .events import (
     Ended,
     Outcome,
     PairStatus,
+    PeerRefused,
     PeerUnavailable,
     Released,
     Side,
@@ -32,7 +34,18 @@ from .lease import Action, Answered, Send, Start, Stop, Verify
 from .lease_receiver import ReceiverTable
 from .lease_sender import SenderTable
 from .memory import PoolMemory
-from .messages import Abort, Ask, Beat, Committed, Grant, Message, Refuse, Sent, check_blocks
+from .messages import (
+    Abort,
+    Ask,
+    Beat,
+    Committed,
+    Discard,
+    Grant,
+    Message,
+    Refuse,
+    Sent,
+    check_blocks,
+)
 from .outgoing import Outgoing
 from .pair import Life, Pair
 from .switchboard import Copied, Gone, Heard, Notice, Switchboard, Took
@@ -59,7 +72,7 @@ class KVEndpoint:
         self._asks: dict[int, asyncio.Future[bool]] = {}
         self._outgoing = Outgoing(layout, memory, config, self._senders, self._board)
         self._events: asyncio.Queue[Asked | Ended | Released | None] = asyncio.Queue()
-        self._checks: set[asyncio.Task[None]] = set()
+        self._tasks: set[asyncio.Task[None]] = set()
         self._ticker: asyncio.Task[None] | None = None
         self._closed = False
 
@@ -182,6 +195,22 @@ class KVEndpoint:
         self._perform(actions or [])
         return actions is not None
 
+    def discard(self, peer: TransferAddress, lease: int) -> None:
+        """Nobody will fetch what `peer` parked under `lease`: its blocks may be free at once.
+
+        Of no effect on a lease that was granted. A peer that cannot be reached is left alone:
+        what it parked expires by itself.
+        """
+        self._spawn(self._discard(peer, lease))
+
+    async def _discard(self, peer: TransferAddress, lease: int) -> None:
+        try:
+            pair = await self._board.reach(peer)
+        except (PeerUnavailable, PeerRefused):
+            self._board.counters["discard not delivered"] += 1
+            return
+        self._board.send(pair, Discard(lease))
+
     # Both
 
     def abort(self, lease: int) -> None:
@@ -212,7 +241,7 @@ class KVEndpoint:
         for lease in {*self._senders.leases(), *self._receivers.leases()}:
             self.abort(lease)
         await self._board.close(_CLOSE_S)
-        for task in filter(None, (self._ticker, *self._checks)):
+        for task in filter(None, (self._ticker, *self._tasks)):
             task.cancel()
             await asyncio.gather(task, return_exceptions=True)
         self._events.put_nowait(None)
@@ -248,6 +277,8 @@ class KVEndpoint:
                 self._perform(self._receivers.on_sent(number, message, now_s))
             case Committed():
                 self._perform(self._senders.on_committed(number, message, now_s))
+            case Discard():
+                self._perform(self._senders.on_discard(message))
             case Abort() if message.from_sender:
                 self._perform(self._receivers.on_abort(number, message))
             case Abort():
@@ -299,9 +330,12 @@ class KVEndpoint:
             pair.copier.submit(Cancel(lease))
 
     def _verify(self, action: Verify) -> None:
-        task = self._loop.create_task(self._compare(action))
-        self._checks.add(task)
-        task.add_done_callback(self._checks.discard)
+        self._spawn(self._compare(action))
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        task = self._loop.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
 
     async def _compare(self, action: Verify) -> None:
         """Off the loop: it reads every byte."""

@@ -43,6 +43,7 @@ class TransferConfig:
     host: str = "127.0.0.1"  # where TCP listens, as peers reach it
     checksum: bool = False  # compare block contents before a commit; either side may ask for it
     small_bytes: int = 512 << 10  # KV up to this size is sent whole at commit, not layer by layer
+    pace_bytes_per_s: float = 0.0  # of all that this worker sends; 0: as fast as it goes
 
     def __post_init__(self) -> None:
         if self.transport not in ("auto", "shm", "tcp"):

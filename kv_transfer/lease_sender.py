@@ -14,6 +14,7 @@ from .messages import (
     Ask,
     Beat,
     Committed,
+    Discard,
     Grant,
     Refuse,
     Sent,
@@ -219,6 +220,14 @@ class SenderTable:
             self.refused["late abort"] += 1
             return [Send(pair, _disown(message.lease, message.generation, "not held here"))]
         return self._drain(entry, Outcome(message.outcome), message.reason)
+
+    def on_discard(self, message: Discard) -> list[Action]:
+        """Only what is parked still: granted KV ends by its grant."""
+        entry = self._leases.get(message.lease)
+        if entry is None or entry.state is not State.PARKED:
+            self.refused["late discard"] += 1
+            return []
+        return self._end(entry, Outcome.ABORTED, "discarded by decode")
 
     def on_beat(self, pair: int, message: Beat) -> list[Action]:
         """End what the receiver does not know any more."""

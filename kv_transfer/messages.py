@@ -89,6 +89,13 @@ class Abort:
 
 
 @dataclass(frozen=True, slots=True)
+class Discard:
+    """Receiver: nobody will fetch what you parked under this lease."""
+
+    lease: int
+
+
+@dataclass(frozen=True, slots=True)
 class Beat:
     """Both: I live, and so do these leases. `sending` and `receiving` are packed pairs of
     (lease, generation); `seen` is the highest generation the peer's grants have reached."""
@@ -119,7 +126,7 @@ class Bye:
     reason: str
 
 
-Message = Ask | Refuse | Grant | Sent | Committed | Abort | Beat | Canary | Ready | Bye
+Message = Ask | Refuse | Grant | Sent | Committed | Abort | Discard | Beat | Canary | Ready | Bye
 _KINDS: tuple[type[Message], ...] = (
     Ask,
     Refuse,
@@ -127,6 +134,7 @@ _KINDS: tuple[type[Message], ...] = (
     Sent,
     Committed,
     Abort,
+    Discard,
     Beat,
     Canary,
     Ready,

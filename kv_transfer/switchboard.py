@@ -23,6 +23,7 @@ from .lease import Action
 from .lease_receiver import ReceiverTable
 from .memory import CANARY_SLOT_BYTES, PoolMemory
 from .messages import Abort, Bye, Canary, LostFraming, MalformedFrame, Message, Ready
+from .paced import Lane, PacedWriter
 from .pair import Life, Pair
 from .shm import ShmWriter
 from .tcp import TcpReader, TcpWriter
@@ -79,6 +80,7 @@ class Switchboard:
         self._layout, self._memory, self._config = layout, memory, config
         self._table, self._notify = table, notify
         self._caller = Caller(worker, layout, memory, config)
+        self._lane = Lane(config.pace_bytes_per_s) if config.pace_bytes_per_s else None
         self._calls: dict[WorkerId, asyncio.Task[Pair]] = {}
         self._breakers: dict[WorkerId, Breaker] = {}
         self._greeter: asyncio.Task[None] | None = None
@@ -245,6 +247,9 @@ class Switchboard:
             reader = TcpReader(
                 contact.data, self._memory, self._layout, self._table, contact.number
             )
+
+        if self._lane is not None:
+            writer = PacedWriter(writer, self._lane, self._layout.block_bytes)
 
         def tell(what: str, lease: int, checksum: int | None) -> None:
             with contextlib.suppress(RuntimeError):  # the loop was closed without `close`

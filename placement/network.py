@@ -202,7 +202,9 @@ def fair_rates(flows: list[tuple[tuple[Port, ...], float]]) -> list[float]:
         level = min([room[port] / count for port, count in users.items()])
         level = min(level, min(flows[i][1] for i in rising))
         full = {port for port, count in users.items() if room[port] / count <= level * (1 + 1e-12)}
-        held = [i for i in sorted(rising) if flows[i][1] <= level or not full.isdisjoint(flows[i][0])]
+        held = [
+            i for i in sorted(rising) if flows[i][1] <= level or not full.isdisjoint(flows[i][0])
+        ]
         for i in held:
             rates[i] = level
             for port in flows[i][0]:

@@ -87,7 +87,7 @@ class PromptCosts:
 
 
 def prefill_end_s(
-    costs: PromptCosts, arrival_s: list[float], workers: int, ttft_s: float
+    costs: PromptCosts, arrival_s: list[float], workers: int, ttft_s: list[float]
 ) -> list[float]:
     """When each first token is there. Arrivals are sorted."""
     end_s = [0.0] * len(arrival_s)
@@ -116,7 +116,7 @@ class _PrefillWorker:
     """Batches leave the first stage in order, each later stage takes one at a time."""
 
     def __init__(
-        self, costs: PromptCosts, arrival_s: list[float], ttft_s: float, end_s: list[float]
+        self, costs: PromptCosts, arrival_s: list[float], ttft_s: list[float], end_s: list[float]
     ) -> None:
         self.costs, self.arrival_s, self.ttft_s = costs, arrival_s, ttft_s
         self.end_s = end_s  # written here
@@ -159,7 +159,7 @@ class _PrefillWorker:
             arrived_s = self.arrival_s[request]
             if arrived_s > start_s:
                 break
-            if start_s + sum(costs.alone(request)) > arrived_s + self.ttft_s:
+            if start_s + sum(costs.alone(request)) > arrived_s + self.ttft_s[request]:
                 self.late.append(fresh.popleft())
                 continue
             if batch and costs.prompts[request] > left:

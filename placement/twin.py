@@ -18,4 +18,3 @@ def twin_of(
     overheads: Overheads = Overheads(),
 ) -> Deployment:
     """What `phasewise serve` would launch. Raises NoLatency where `source` does not know a shape."""
-    ...

@@ -50,13 +50,18 @@ TINY = Sizes(
 CHECKED = Sizes(rows=3, length=700, chunk=300, tokens=200, ffn=1792, layers=2)
 
 
+def _itself(result: Tensor) -> Tensor:
+    return result
+
+
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """One kernel on one shape. `run` and `truth` give tensors of the same shape."""
+    """One kernel on one shape. `compared(run())` should be `truth()`."""
 
     name: str
     run: Callable[[], Tensor]
     truth: Callable[[], Tensor]
+    compared: Callable[[Tensor], Tensor] = _itself  # kept out of the time
     tolerance: float  # of the largest difference, over the largest true value
     num_bytes: int = 0  # that must be read and written
     flops: int = 0
@@ -241,22 +246,26 @@ def transfer_cases(on: Device, sizes: Sizes) -> Iterator[Case]:
     blocks = -(-sizes.length // BLOCK_SIZE)
     pool = on.normal(sizes.layers, 2 * blocks, 2, sizes.kv_heads, BLOCK_SIZE, sizes.dim)
     ids = torch.randperm(2 * blocks, device=on.device)[:blocks]
-    buffer = torch.empty((sizes.layers, blocks, *pool.shape[2:]), dtype=on.dtype, device=on.device)
-    target = torch.zeros_like(pool)
+    filled = pool[:, ids]
+    buffer, target = torch.zeros_like(filled), torch.zeros_like(pool)
 
     def gather() -> Tensor:
         gather_blocks(pool, ids, buffer)
         return buffer
 
     def scatter() -> Tensor:
-        scatter_blocks(buffer, target, ids)
-        return target[:, ids]
+        scatter_blocks(filled, target, ids)
+        return target
 
-    for name, run in (("gather", gather), ("scatter", scatter)):
+    for name, run, compared in (
+        ("gather", gather, _itself),
+        ("scatter", scatter, lambda result: result[:, ids]),
+    ):
         yield Case(
             name=f"{name} of {blocks} blocks, {sizes.layers} layers",
             run=run,
-            truth=lambda: pool[:, ids].double(),
+            truth=lambda: filled.double(),
+            compared=compared,
             tolerance=0.0,
             num_bytes=2 * buffer.nbytes,
             peers={"index_select": lambda: pool.index_select(1, ids)},
@@ -312,8 +321,9 @@ def sampling_cases(on: Device, sizes: Sizes) -> Iterator[Case]:
     )
     yield Case(
         name=f"keys, {rows} x {vocab}",
-        run=lambda: form.weights(sampling.keys(logits, maxima, one)),
+        run=lambda: sampling.keys(logits, maxima, one),
         truth=lambda: form.weights(keys).double(),
+        compared=form.weights,
         tolerance=1e-6,
         num_bytes=3 * logits.nbytes,
         peers={"torch": lambda: form.keys(logits.clone(), maxima, one)},

@@ -66,7 +66,7 @@ def ceilings() -> Row:
 
 def error_of(case: Any) -> float:
     """Largest difference from the truth, over the largest true value."""
-    actual, truth = case.run().double(), case.truth().double()
+    actual, truth = case.compared(case.run()).double(), case.truth().double()
     assert actual.shape == truth.shape, case.name
     return float((actual - truth).abs().max() / truth.abs().max().clamp(min=1e-30))
 

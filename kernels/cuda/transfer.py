@@ -44,8 +44,9 @@ def copy_kernel(
     TARGET_DENSE: tl.constexpr,
     TILE: tl.constexpr,
 ) -> None:
-    number = tl.program_id(1)
-    layer = tl.program_id(2).to(tl.int64)
+    parts = tl.cdiv(words, TILE)
+    number = tl.program_id(0) // parts
+    layer = tl.program_id(1).to(tl.int64)
     index = number // pieces
     piece = (number % pieces).to(tl.int64)
     origin = index.to(tl.int64)
@@ -66,7 +67,7 @@ def copy_kernel(
         # What is known of an integer is forgotten when it becomes an address.
         read = tl.multiple_of(read, 16)
         write = tl.multiple_of(write, 16)
-    place = tl.program_id(0) * TILE + tl.arange(0, TILE)
+    place = tl.program_id(0) % parts * TILE + tl.arange(0, TILE)
     kept = place < words
     tl.store(write + place, tl.load(read + place, mask=kept), mask=kept)
 
@@ -119,8 +120,8 @@ def copy_blocks(
 ) -> None:
     """Copy `pieces` of `piece_bytes` of each block and layer. Both places on the current device.
 
-    The target's blocks must differ from one another, and from what is read. Grid: parts of a
-    piece, blocks x pieces, layers.
+    The target's blocks must differ from one another, and from what is read. Grid: blocks x
+    pieces x parts of a piece (neighbours in memory side by side), layers.
     """
     numbers = [piece_bytes]
     for place in (source, target):
@@ -131,7 +132,7 @@ def copy_blocks(
         return
     words = piece_bytes // word
     tile = min(_TILE, triton.next_power_of_2(words))
-    copy_kernel[(triton.cdiv(words, tile), num_blocks * pieces, num_layers)](
+    copy_kernel[(num_blocks * pieces * triton.cdiv(words, tile), num_layers)](
         source.address,
         target.address,
         source.blocks,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,11 +13,12 @@ from phasewise.configs.load import key_paths, load_cluster
 from phasewise.configs.schema import ClusterConfig
 from phasewise.configs.values import parse_host_port, parse_size
 
+Write = Callable[[str], Path]
 MINIMAL = "model: {path: checkpoint}\n"
 
 
 @pytest.fixture
-def write(tmp_path: Path):  # noqa: ANN201
+def write(tmp_path: Path) -> Write:
     def write(text: str) -> Path:
         path = tmp_path / "c.yaml"
         path.write_text(text)
@@ -31,14 +33,14 @@ def refusal(path: Path, *overrides: str) -> InvalidConfig:
     return caught.value
 
 
-def test_everything_but_the_model_has_a_default(write) -> None:  # noqa: ANN001
+def test_everything_but_the_model_has_a_default(write: Write) -> None:
     config = load_cluster(write(MINIMAL))
     assert config.prefill.replicas == 1
     assert config.kv.memory == 1 << 30
 
 
 def test_paths_are_relative_to_the_file_and_in_overrides_to_the_working_directory(
-    write,  # noqa: ANN001
+    write: Write,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -83,7 +85,7 @@ def test_paths_are_relative_to_the_file_and_in_overrides_to_the_working_director
     ],
 )
 def test_a_mistake_is_named_with_key_line_and_remedy(
-    write,  # noqa: ANN001
+    write: Write,
     text: str,
     key: str,
     line: int | None,
@@ -99,11 +101,11 @@ def test_a_mistake_is_named_with_key_line_and_remedy(
 
 
 @pytest.mark.parametrize("text", ["", "- a", "a: b: c", "model: [", "model: {path: \x00}"])
-def test_what_is_no_mapping_is_refused(write, text: str) -> None:  # noqa: ANN001
+def test_what_is_no_mapping_is_refused(write: Write, text: str) -> None:
     assert "c.yaml" in refusal(write(text)).where
 
 
-def test_a_missing_file_and_a_missing_key_are_named(write, tmp_path: Path) -> None:  # noqa: ANN001
+def test_a_missing_file_and_a_missing_key_are_named(write: Write, tmp_path: Path) -> None:
     assert "no such file" in str(refusal(tmp_path / "nowhere.yaml"))
     assert refusal(write("kv: {block_size: 16}\n")).where == "model.path"
 
@@ -119,11 +121,11 @@ def test_a_missing_file_and_a_missing_key_are_named(write, tmp_path: Path) -> No
         (["gateway.grpc=127.0.0.1:9", "gateway.http=127.0.0.1:9"], "gateway.http"),
     ],
 )
-def test_a_contradiction_is_refused(write, overrides: list[str], key: str) -> None:  # noqa: ANN001
+def test_a_contradiction_is_refused(write: Write, overrides: list[str], key: str) -> None:
     assert refusal(write(MINIMAL), *overrides).where == key
 
 
-def test_overrides_are_checked_like_the_file_and_win_over_it(write) -> None:  # noqa: ANN001
+def test_overrides_are_checked_like_the_file_and_win_over_it(write: Write) -> None:
     path = write(MINIMAL + "kv: {memory: 1GiB}\n")
     assert load_cluster(path, ["kv.memory=64MiB"]).kv.memory == 64 << 20
     assert load_cluster(path, ["gateway.http=null"]).gateway.http is None

@@ -17,6 +17,7 @@ from phasewise.kv_transfer.messages import (
     Ask,
     Beat,
     Committed,
+    Discard,
     Grant,
     Message,
     Refuse,
@@ -150,6 +151,13 @@ class Transfers(RuleBasedStateMachine):
             ),
         )
 
+    @precondition(lambda self: self.next_lease)
+    @rule(pick=picks)
+    def discard(self, pick: int) -> None:
+        """The receiver's word that nobody fetches a lease, however far it has come."""
+        lease = pick % self.next_lease + 1
+        self.perform(Side.RECEIVER, [Send(self.pair, Discard(lease))])
+
     def take(self, count: int) -> tuple[int, ...] | None:
         if len(self.free) < count:
             return None
@@ -251,6 +259,8 @@ class Transfers(RuleBasedStateMachine):
                 return self.sender.on_committed(pair, message, self.now_s)
             case Abort():
                 return self.sender.on_abort(pair, message)
+            case Discard():
+                return self.sender.on_discard(message)
             case Beat():
                 return self.sender.on_beat(pair, message)
         raise AssertionError(message)

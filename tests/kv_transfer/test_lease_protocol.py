@@ -33,6 +33,7 @@ def schedule(machine: Transfers, rng: random.Random, steps: int) -> None:
         lambda: machine.offer(rng.randint(1, 3), rng.random() < 0.4, rng.randrange(4)): 6,
         lambda: machine.asked and machine.answer(pick(), rng.randrange(4)): 10,
         lambda: machine.next_lease and machine.fetch(pick(), rng.randint(1, 3)): 5,
+        lambda: machine.next_lease and machine.discard(pick()): 1,
         lambda: machine.push_whole(pick()): 8,
         lambda: machine.copies and machine.copy(rng.randint(1, 4)): 10,
         lambda: machine.finish(): 8,

@@ -122,6 +122,31 @@ async def test_fetching_what_is_not_parked_ends_as_aborted(transport: str) -> No
 
 @both
 @bounded
+async def test_discarded_kv_is_free_at_once_and_fetched_by_nobody(transport: str) -> None:
+    config = {**QUICK, "transport": transport}
+    async with here("decode", 1, config) as (decode, _), there("prefill", 2, config) as p:
+        lease = await p.do("park", blocks=[1, 2, 3], num_tokens=48, digest=5)
+        decode.endpoint.discard(p.address, lease)
+        ended = await p.event("Ended")
+        assert (ended["lease"], ended["outcome"]) == (lease, "aborted")
+        assert ended["blocks"] == [1, 2, 3]
+        decode.endpoint.discard(p.address, lease)  # again: of no effect
+        await decode.endpoint.grant(p.address, lease, [6, 7, 8], 5)
+        assert (await decode.ended()).outcome is Outcome.ABORTED
+
+
+@bounded
+async def test_a_discard_for_a_peer_that_is_gone_ends_by_itself() -> None:
+    async with here("decode", 1, QUICK) as (decode, _):
+        async with here("p", 2, QUICK) as (_, gone):
+            pass
+        decode.endpoint.discard(gone, 5)
+        while not decode.endpoint.counters().get("discard not delivered"):
+            await asyncio.sleep(0.01)
+
+
+@both
+@bounded
 async def test_kv_of_other_tokens_than_were_fetched_is_not_committed(transport: str) -> None:
     config = {**QUICK, "transport": transport}
     async with here("decode", 1, config) as (decode, _), here("p", 2, config) as (p, back):

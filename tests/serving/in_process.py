@@ -23,6 +23,7 @@ from phasewise.configs.schema import (
     DecodeConfig,
     KVConfig,
     ModelConfig,
+    PacedConfig,
     PrefillConfig,
     SloConfig,
     TransferConfig,
@@ -84,6 +85,7 @@ async def cluster(
     max_batch_tokens: int = 2048,
     max_model_len: int = MAX_MODEL_LEN,
     max_failovers: int = 3,
+    paced: PacedConfig | None = None,
 ) -> AsyncIterator[Cluster]:
     """Everything started and attached; everything gone on exit."""
     shared: dict[str, Any] = {
@@ -92,17 +94,21 @@ async def cluster(
         "transfer": TransferConfig(transport=transport, mode=mode),  # pyright: ignore
         "slo": SloConfig(),
     }
+    pool: dict[str, Any] = {"threads": 1}
+    if paced is not None:
+        shared["paced"] = paced
+        pool["device"] = "paced"
     specs = [
         WorkerSpec(
             worker=WorkerId(name=f"prefill-{i}", incarnation=next(_incarnations)),
-            prefill=PrefillConfig(threads=1, max_batch_tokens=max_batch_tokens),
+            prefill=PrefillConfig(**pool, max_batch_tokens=max_batch_tokens),
             **shared,
         )
         for i in range(prefill)
     ] + [
         WorkerSpec(
             worker=WorkerId(name=f"decode-{i}", incarnation=next(_incarnations)),
-            decode=DecodeConfig(threads=1, max_batch_tokens=max(65, max_batch_tokens)),
+            decode=DecodeConfig(**pool, max_batch_tokens=max(65, max_batch_tokens)),
             **shared,
         )
         for i in range(decode)

@@ -79,6 +79,8 @@ DECODE_SHAPES = [
     (6, 2, 80, torch.float32, {"window": 7}),
     (5, 1, 96, torch.float32, {"soft_cap": 2.0}),
     (8, 1, 128, torch.float16, {}),
+    (12, 3, 64, torch.float32, {}),
+    (6, 1, 64, torch.float32, {"window": 1}),
     (4, 2, 128, torch.bfloat16, {"window": 9}),
     (7, 1, 256, torch.float32, {"soft_cap": 1.0, "window": 5}),
 ]
@@ -138,6 +140,8 @@ PREFILL_SHAPES = [
     (6, 2, 80, torch.float32, {"window": 7}),
     (5, 1, 96, torch.float32, {"soft_cap": 2.0}),
     (8, 1, 128, torch.float16, {}),
+    (12, 3, 64, torch.float32, {}),
+    (6, 1, 64, torch.float32, {"window": 1}),
     (4, 2, 128, torch.bfloat16, {"window": 20}),
     (7, 1, 256, torch.float32, {"soft_cap": 1.0, "window": 5}),
 ]
@@ -166,6 +170,15 @@ def test_prefill_attention_agrees_over_chunks_of_any_length(
     )
     actual = interpreted(prefill_attention, *rows.args(), tiling=SMALL_PREFILL, **options)
     check(actual, rows, **options)
+
+
+def test_chunks_that_start_just_before_at_and_behind_the_edge_of_a_tile_agree(
+    interpreted: Any,
+) -> None:
+    starts = [SMALL_PREFILL.tile + shift for shift in (-2, -1, 0, 1)]
+    rows = make_rows([3] * 4, [start + 3 for start in starts], heads=2, kv_heads=2, dim=64)
+    actual = interpreted(prefill_attention, *rows.args(), scale=0.125, tiling=SMALL_PREFILL)
+    check(actual, rows, scale=0.125)
 
 
 @pytest.mark.parametrize("kernel", ["decode", "prefill"])

@@ -1,0 +1,122 @@
+"""One load for every server: OpenAI completions, streamed, all requests at once.
+
+Plain sockets and a line scan, so that the load itself takes little of the cores it shares with
+the servers, and the same from each.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+import statistics
+import time
+from dataclasses import asdict, dataclass
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Load:
+    """`num_requests` prompts of random token ids, at most `concurrency` in flight."""
+
+    num_requests: int
+    input_tokens: int
+    output_tokens: int
+    concurrency: int
+    vocab: int = 2048
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LoadResult:
+    output_tokens_per_s: float
+    requests_per_s: float
+    ttft_p50_ms: float
+    ttft_p90_ms: float
+    tpot_p50_ms: float
+    tpot_p90_ms: float
+
+    def as_json(self) -> dict[str, float]:
+        return {name: round(value, 3) for name, value in asdict(self).items()}
+
+
+@dataclass(frozen=True, slots=True)
+class _Stream:
+    ttft_s: float
+    tpot_s: float
+    num_tokens: int
+
+
+def run_load(port: int, model: str, load: Load, seed: int, limit_s: float = 300.0) -> LoadResult:
+    """Send the load to 127.0.0.1:`port`. Raises RuntimeError for a stream that is not whole."""
+    return asyncio.run(asyncio.wait_for(_run(port, model, load, seed), limit_s))
+
+
+async def _run(port: int, model: str, load: Load, seed: int) -> LoadResult:
+    draw = random.Random(seed)
+    places = asyncio.Semaphore(load.concurrency)
+    bodies = [
+        {
+            "model": model,
+            "prompt": [draw.randrange(5, load.vocab) for _ in range(load.input_tokens)],
+            "max_tokens": load.output_tokens,
+            "temperature": 0,
+            "ignore_eos": True,
+            "stream": True,
+            "stream_options": {"include_usage": True},
+        }
+        for _ in range(load.num_requests)
+    ]
+
+    async def one(body: dict[str, object]) -> _Stream:
+        async with places:
+            return await _stream(port, body)
+
+    started_s = time.perf_counter()
+    streams = await asyncio.gather(*(one(body) for body in bodies))
+    seconds = time.perf_counter() - started_s
+    short = [s.num_tokens for s in streams if s.num_tokens != load.output_tokens]
+    if short:
+        raise RuntimeError(f"{len(short)} streams ended early, with {short[:5]} tokens")
+    ttft, tpot = [s.ttft_s for s in streams], [s.tpot_s for s in streams]
+    return LoadResult(
+        output_tokens_per_s=sum(s.num_tokens for s in streams) / seconds,
+        requests_per_s=len(streams) / seconds,
+        ttft_p50_ms=statistics.median(ttft) * 1e3,
+        ttft_p90_ms=_p90(ttft) * 1e3,
+        tpot_p50_ms=statistics.median(tpot) * 1e3,
+        tpot_p90_ms=_p90(tpot) * 1e3,
+    )
+
+
+async def _stream(port: int, body: dict[str, object]) -> _Stream:
+    """One request. Tokens are counted by the server's own usage, at the end."""
+    payload = json.dumps(body).encode()
+    head = (
+        f"POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\n"
+        f"Content-Type: application/json\r\nContent-Length: {len(payload)}\r\n"
+        "Connection: close\r\n\r\n"
+    )
+    started_s = time.perf_counter()
+    reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=1 << 20)
+    try:
+        writer.write(head.encode() + payload)
+        first_s = last_s = 0.0
+        usage: dict[str, int] = {}
+        async for line in reader:
+            if not line.startswith(b"data: {"):
+                if line.startswith(b"HTTP/1.1") and b" 200 " not in line:
+                    raise RuntimeError(f"{line!r} {await reader.read(2000)!r}")
+                continue
+            now_s = time.perf_counter()
+            if b'"usage"' in line and b'"completion_tokens"' in line:
+                usage = json.loads(line[6:]).get("usage") or usage
+                if b'"choices":[]' in line.replace(b" ", b""):
+                    continue
+            first_s, last_s = first_s or now_s, now_s
+    finally:
+        writer.close()
+    count = usage.get("completion_tokens", 0)
+    return _Stream(first_s - started_s, (last_s - first_s) / max(1, count - 1), count)
+
+
+def _p90(values: list[float]) -> float:
+    return sorted(values)[int(0.9 * (len(values) - 1))]

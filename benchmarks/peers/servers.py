@@ -1,0 +1,161 @@
+"""The servers under comparison, each started on a free port of 127.0.0.1 and surely ended."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+PHASEWISE = Path(sys.executable).parent / "phasewise"
+READY_S = 240.0
+
+
+class PeerMissing(Exception):
+    """A peer that is not installed here; the comparison says so and goes on."""
+
+
+@contextlib.contextmanager
+def phasewise(checkpoint: Path, *, prefill: int, decode: int, threads: int) -> Iterator[int]:
+    """`phasewise serve` on Ray; yields the HTTP port."""
+    http, grpc = free_port(), free_port()
+    settings = {
+        "model.path": checkpoint,
+        "model.dtype": "bfloat16",
+        "model.served_name": checkpoint.name,
+        "prefill.replicas": prefill,
+        "decode.replicas": decode,
+        "decode.local_prefill": "never" if prefill else "always",
+        "decode.max_batch_size": 64,
+        "decode.max_batch_tokens": 2048,
+        "prefill.threads": threads,
+        "decode.threads": threads,
+        "kv.memory": "256MiB",
+        "gateway.http": f"127.0.0.1:{http}",
+        "gateway.grpc": f"127.0.0.1:{grpc}",
+    }
+    config = Path(__file__).resolve().parents[2] / "configs" / "local.yaml"
+    sets = [part for key, value in settings.items() for part in ("--set", f"{key}={value}")]
+    with _running([str(PHASEWISE), "serve", str(config), *sets], {}):
+        _wait_ready(f"http://127.0.0.1:{http}/health")
+        yield http
+
+
+@contextlib.contextmanager
+def vllm(venv: Path, checkpoint: Path) -> Iterator[int]:
+    """One vLLM server on both cores; yields its port."""
+    port = free_port()
+    with _vllm_server(venv, checkpoint, port, {"OMP_NUM_THREADS": "2"}, []):
+        _wait_ready(f"http://127.0.0.1:{port}/health")
+        yield port
+
+
+@contextlib.contextmanager
+def vllm_pair(venv: Path, checkpoint: Path) -> Iterator[int]:
+    """vLLM's own 1P1D: two servers, a core each, KV over NIXL, behind vllm-router."""
+    router = venv / "bin" / "vllm-router"
+    if not router.exists():
+        raise PeerMissing(f"{router} is not there; install vllm-router and nixl in that venv")
+    transfer = (
+        '{"kv_connector":"NixlConnector","kv_role":"kv_both","kv_buffer_device":"cpu",'
+        '"kv_load_failure_policy":"fail"}'
+    )
+    ports = [free_port(), free_port()]
+    with contextlib.ExitStack() as stack:
+        for port in ports:
+            environment = {
+                "OMP_NUM_THREADS": "1",
+                "VLLM_NIXL_SIDE_CHANNEL_PORT": str(free_port()),
+                "UCX_TLS": "tcp,sm,self",
+                "UCX_NET_DEVICES": "lo",
+            }
+            arguments = ["--kv-transfer-config", transfer]
+            stack.enter_context(_vllm_server(venv, checkpoint, port, environment, arguments))
+        for port in ports:
+            _wait_ready(f"http://127.0.0.1:{port}/health")
+        front = free_port()
+        command = [str(router), "--policy", "round_robin", "--vllm-pd-disaggregation"]
+        command += ["--prefill", f"http://127.0.0.1:{ports[0]}"]
+        command += ["--decode", f"http://127.0.0.1:{ports[1]}"]
+        command += ["--host", "127.0.0.1", "--port", str(front)]
+        stack.enter_context(_running(command, {}))
+        _wait_ready(f"http://127.0.0.1:{front}/health")
+        yield front
+
+
+@contextlib.contextmanager
+def _vllm_server(
+    venv: Path, checkpoint: Path, port: int, environment: dict[str, str], arguments: list[str]
+) -> Iterator[None]:
+    binary = venv / "bin" / "vllm"
+    if not binary.exists():
+        raise PeerMissing(f"{binary} is not there; see benchmarks/peers/README.md")
+    command = [str(binary), "serve", str(checkpoint), "--served-model-name", checkpoint.name]
+    command += ["--host", "127.0.0.1", "--port", str(port), "--dtype", "bfloat16"]
+    command += ["--max-model-len", "2048", "--max-num-seqs", "64", "--enforce-eager"]
+    quiet = {
+        "HF_HUB_OFFLINE": "1",
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "VLLM_NO_USAGE_STATS": "1",
+    }
+    with _running([*command, *arguments], quiet | environment):
+        yield
+
+
+@contextlib.contextmanager
+def _running(command: list[str], environment: dict[str, str]) -> Iterator[None]:
+    """A process group of its own, so that all of it can be ended."""
+    folder = tempfile.mkdtemp(prefix="bench-")
+    log = open(Path(folder) / "log", "w+")  # noqa: SIM115 - closed below, after the process
+    process = subprocess.Popen(
+        command,
+        stdout=log,
+        stderr=subprocess.STDOUT,
+        env={**os.environ, **environment},
+        start_new_session=True,
+    )
+    try:
+        yield
+    except Exception:
+        log.seek(0)
+        print("".join(log.readlines()[-30:]), file=sys.stderr)
+        raise
+    finally:
+        _end(process)
+        log.close()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    for ending, patience_s in ((signal.SIGTERM, 20.0), (signal.SIGKILL, 10.0)):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, ending)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(patience_s)
+            return
+
+
+def _wait_ready(url: str) -> None:
+    deadline_s = time.monotonic() + READY_S
+    while time.monotonic() < deadline_s:
+        with contextlib.suppress(urllib.error.URLError, ConnectionError, TimeoutError):
+            if urllib.request.urlopen(url, timeout=2).status == 200:
+                return
+        time.sleep(0.5)
+    raise TimeoutError(f"{url} did not answer within {READY_S:g} s")
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]

@@ -1,0 +1,155 @@
+"""The machines that may be used, and where workers lie on them.
+
+A worker's tensor-parallel group never leaves an NVLink domain unless asked; its pipeline stages
+may lie on different nodes, and then become a bundle each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from ..configs.plan_schema import MachineConfig
+from ..engine.errors import InvalidConfig
+from .hardware import Hardware, read_hardware
+from .network import Network
+from .transfer import Link
+
+NETWORK_LATENCY_S = 20e-6  # before the first byte on RDMA; assumed
+LOCAL_LATENCY_S = 10e-6
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MachineType:
+    """Equal nodes. The hardware carries the prices and bandwidths that hold here."""
+
+    name: str
+    hardware: Hardware
+    nodes: int
+    gpus_per_node: int
+    nvlink_domain: int
+
+    @property
+    def gpus(self) -> int:
+        return self.nodes * self.gpus_per_node
+
+    @property
+    def network(self) -> Network:
+        """Between workers on these nodes."""
+        hardware = self.hardware
+        inside = hardware.link_bandwidth
+        return Network(
+            local=Link(bytes_per_s=inside, latency_s=LOCAL_LATENCY_S),
+            remote=Link(bytes_per_s=hardware.network_bandwidth, latency_s=NETWORK_LATENCY_S),
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Footprint:
+    """What one worker occupies: `stages` groups of `group` GPUs on machines of one type."""
+
+    worker: str
+    machine: str
+    group: int  # tensor parallel
+    stages: int  # pipeline parallel
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Bundle:
+    """GPUs of one node for one worker, as a Ray placement group asks for them."""
+
+    worker: str
+    node: str
+    gpus: int
+
+
+def read_inventory(
+    machines: Mapping[str, MachineConfig], folder: Path = Path()
+) -> dict[str, MachineType]:
+    """By name. Raises InvalidConfig with the key path; own sheets are found from `folder`."""
+    return {name: _machine(name, machine, folder) for name, machine in machines.items()}
+
+
+def _machine(name: str, machine: MachineConfig, folder: Path) -> MachineType:
+    sheet = machine.hardware
+    hardware = read_hardware(str(folder / sheet) if sheet.endswith(".json") else sheet)
+    gbps = machine.network_gbps
+    domain = machine.nvlink_domain or machine.gpus_per_node
+    if domain > machine.gpus_per_node:
+        raise InvalidConfig(
+            f"inventory.{name}.nvlink_domain",
+            f"{domain} GPUs, while a node has {machine.gpus_per_node}",
+            "give nodes as large as the domain",
+        )
+    return MachineType(
+        name=name,
+        hardware=replace(
+            hardware,
+            network_bandwidth=hardware.network_bandwidth if gbps is None else gbps * 1e9 / 8,
+            price_per_hour=machine.price_per_hour or hardware.price_per_hour,
+            power_w=machine.power_w or hardware.power_w,
+        ),
+        nodes=machine.nodes,
+        gpus_per_node=machine.gpus_per_node,
+        nvlink_domain=domain,
+    )
+
+
+def place(
+    footprints: Sequence[Footprint], machines: Mapping[str, MachineType], *, across: bool = False
+) -> tuple[Bundle, ...] | None:
+    """Bundles for all workers, or None where they do not fit: first fit, large groups first.
+
+    A worker's stages share a node as long as it has room. `across`: a group that is larger than
+    a domain may span whole nodes.
+    """
+    free = {
+        (machine.name, node, domain): min(
+            machine.nvlink_domain, machine.gpus_per_node - domain * machine.nvlink_domain
+        )
+        for machine in machines.values()
+        for node in range(machine.nodes)
+        for domain in range(-(-machine.gpus_per_node // machine.nvlink_domain))
+    }
+    bundles: list[Bundle] = []
+    for footprint in sorted(footprints, key=lambda f: (-f.group, -f.stages)):
+        taken: dict[str, int] = {}
+        for _ in range(footprint.stages):
+            group = _take(free, footprint, taken, across=across)
+            if group is None:
+                return None
+            for node, gpus in group:
+                taken[node] = taken.get(node, 0) + gpus
+        bundles += [Bundle(worker=footprint.worker, node=n, gpus=g) for n, g in taken.items()]
+    return tuple(sorted(bundles, key=lambda bundle: (bundle.node, bundle.worker)))
+
+
+def _take(
+    free: dict[tuple[str, int, int], int],
+    footprint: Footprint,
+    taken: Mapping[str, int],
+    *,
+    across: bool,
+) -> list[tuple[str, int]] | None:
+    """One group's GPUs: the fullest domain that holds it, a node of the same worker first."""
+    own = {key: left for key, left in free.items() if key[0] == footprint.machine}
+    fitting = [key for key, left in own.items() if left >= footprint.group]
+    if fitting:
+        key = min(fitting, key=lambda k: (node_name(k) not in taken, own[k], k))
+        free[key] -= footprint.group
+        return [(node_name(key), footprint.group)]
+    if not across or sum(own.values()) < footprint.group:
+        return None
+    group, left = [], footprint.group
+    for key in sorted(own, key=lambda k: (-own[k], k)):
+        gpus = min(left, own[key])
+        if gpus:
+            free[key] -= gpus
+            left -= gpus
+            group.append((node_name(key), gpus))
+    return group
+
+
+def node_name(key: tuple[str, int, int]) -> str:
+    return f"{key[0]}-{key[1]}"

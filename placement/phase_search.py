@@ -1,0 +1,268 @@
+"""Goodput of each phase apart, and of a pair, by recurrences: DistServe's Algorithm 1 up to `n, m`.
+
+Prefill does not depend on decode, so each (shape, count) is worked out once and reused by every
+pair it stands in. All rates are tried on one stream of requests, stretched in time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from math import log2
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..engine.step_time import StepFeatures
+from .phase_times import PoolLimits, PromptCosts, RowCosts, decode_end_s, prefill_end_s
+from .problem import Problem, WorkerShape
+from .slo import SloPolicy
+from .transfer import Link, visible_s
+from .workload import Workload
+
+QUICK_REQUESTS = 1500
+EDGE = 0.1  # of the requests at either end are not judged: the pools fill, then drain
+TOLERANCE = 0.02
+GRID = (1, 2, 4, 8, 16, 32, 64)  # counts whose pooling is worked out; between them by logarithm
+
+Column = NDArray[np.float64]
+
+
+class Judge:
+    """Whether every class reaches its share, by the least distance to it."""
+
+    def __init__(self, workload: Workload, slo: SloPolicy) -> None:
+        names = workload.class_names
+        ids = workload.class_ids
+        n = workload.num_requests
+        self.ids = np.zeros(n, dtype=np.int16) if ids is None else ids
+        targets = [slo.of(name) for name in names]
+        self.ttft_s = np.array([t.ttft_s for t in targets])[self.ids]
+        self.tpot_s = np.array([t.tpot_s for t in targets])[self.ids]
+        window = np.zeros(n, dtype=bool)
+        window[int(n * EDGE) : n - int(n * EDGE)] = True
+        self.rows = [
+            (window & (self.ids == i), t.attainment)
+            for i, t in enumerate(targets)
+            if (window & (self.ids == i)).any()
+        ]
+
+    def margin(self, ok: NDArray[np.bool_]) -> float:
+        return min(float(ok[rows].mean()) - share for rows, share in self.rows)
+
+
+def highest_rate(margin: Callable[[float], float], guess_rps: float) -> float:
+    """The highest rate whose margin is not negative; 0 where a thousandth of the guess has none."""
+    low, high = 0.0, guess_rps
+    while margin(high) >= 0:
+        low, high = high, high * 1.5
+        if high > guess_rps * 100:
+            return low
+    if not low:
+        low = high / 2
+        while margin(low) < 0:
+            low, high = low / 2, low
+            if low < guess_rps / 1000:
+                return 0.0
+    while high - low > TOLERANCE * high:
+        middle = (low + high) / 2
+        low, high = (middle, high) if margin(middle) >= 0 else (low, middle)
+    return low
+
+
+class PhaseSearch:
+    """One stream of requests, and all that was found out on it."""
+
+    def __init__(self, problem: Problem, seed: int = 0) -> None:
+        self.problem = problem
+        full = problem.workload.build(seed, rate_rps=1.0)
+        self.workload = full.head(QUICK_REQUESTS)
+        self.unit_arrival_s = self.workload.at_rate(1.0).arrival_s
+        self.prompts: list[int] = self.workload.prompt_tokens.tolist()
+        self.outputs: list[int] = self.workload.output_tokens.tolist()
+        self.later = np.maximum(self.workload.output_tokens - 1, 1)
+        self.judge = Judge(self.workload, problem.slo)
+        self._prompt_costs: dict[tuple[str, int, int], PromptCosts] = {}
+        self._row_costs: dict[tuple[str, int, int], RowCosts] = {}
+        self._prefill: dict[tuple[tuple[str, int, int], int], float] = {}
+        self._decode: dict[tuple[tuple[str, int, int], int], float] = {}
+        self.simulations = 0
+
+    # prefill
+
+    def prompt_costs(self, shape: WorkerShape) -> PromptCosts:
+        costs = self._prompt_costs.get(shape.key)
+        if costs is None:
+            budget = min(self.problem.config.search.max_batch_tokens, shape.kv_tokens)
+            costs = PromptCosts(shape.prefill, self.prompts, budget)
+            self._prompt_costs[shape.key] = costs
+        return costs
+
+    def first_s(self, shape: WorkerShape, workers: int, arrival_s: Column) -> Column:
+        """When each first token is there."""
+        self.simulations += 1
+        return np.array(
+            prefill_end_s(
+                self.prompt_costs(shape), arrival_s.tolist(), workers, self.judge.ttft_s.tolist()
+            )
+        )
+
+    def prefill_rps(self, shape: WorkerShape, workers: int) -> float:
+        """Goodput of a pool, TTFT alone. Pools between the counts of `GRID` are interpolated."""
+        below = max(n for n in GRID if n <= workers)
+        if below == workers or below == GRID[-1]:
+            return self._prefill_at(shape, below) * workers / below
+        above = 2 * below
+        weight = log2(workers / below)
+        each = [self._prefill_at(shape, n) / n for n in (below, above)]
+        return workers * ((1 - weight) * each[0] + weight * each[1])
+
+    def _prefill_at(self, shape: WorkerShape, workers: int) -> float:
+        known = self._prefill.get((shape.key, workers))
+        if known is None:
+            costs = self.prompt_costs(shape)
+
+            def margin(rate_rps: float) -> float:
+                arrival_s = self.unit_arrival_s / rate_rps
+                waited = self.first_s(shape, workers, arrival_s) - arrival_s
+                return self.judge.margin(waited <= self.judge.ttft_s)
+
+            if self.judge.margin(costs.alone_s() <= self.judge.ttft_s) < 0:
+                known = 0.0  # late even with nobody else there
+            else:
+                known = highest_rate(margin, 0.9 * workers * costs.capacity_rps())
+            self._prefill[shape.key, workers] = known
+        return known
+
+    # decode
+
+    def row_costs(self, shape: WorkerShape) -> RowCosts:
+        costs = self._row_costs.get(shape.key)
+        if costs is None:
+            costs = self._row_costs[shape.key] = RowCosts(shape.decode)
+        return costs
+
+    def last_s(self, shape: WorkerShape, workers: int, ready_s: Column) -> Column:
+        """When each last token is there, with KV there at `ready_s`."""
+        self.simulations += 1
+        limits = PoolLimits(
+            max_batch_size=self.problem.config.search.max_batch_size, kv_tokens=shape.kv_tokens
+        )
+        return np.array(
+            decode_end_s(
+                self.row_costs(shape),
+                ready_s.tolist(),
+                self.prompts,
+                self.outputs,
+                workers,
+                limits,
+            )
+        )
+
+    def decode_rps(self, shape: WorkerShape, workers: int) -> float:
+        """Goodput of a pool, TPOT alone: large batches gain little from pooling, so one counts."""
+        known = self._decode.get((shape.key, 1))
+        if known is None:
+
+            def margin(rate_rps: float) -> float:
+                ready_s = self.unit_arrival_s / rate_rps
+                tpot_s = (self.last_s(shape, 1, ready_s) - ready_s) / self.later
+                return self.judge.margin(tpot_s <= self.judge.tpot_s)
+
+            guess = 0.8 * self.mean_decode_rps(shape)
+            known = highest_rate(margin, guess) if guess else 0.0
+            self._decode[shape.key, 1] = known
+        return workers * known
+
+    def mean_decode_rps(self, shape: WorkerShape) -> float:
+        """Little's law: rows = rate · outputs · step; the rate at which a mean step is as long as
+        the targets allow, or rows and their KV fill the worker. A bound, and a start."""
+        tokens = float(self.workload.output_tokens.mean())
+        held = self.workload.prompt_tokens + self.workload.output_tokens / 2
+        per_row = float((held * self.workload.output_tokens).mean()) / tokens
+        limit_s = float(self.judge.tpot_s.max())
+        most = min(self.problem.config.search.max_batch_size, shape.kv_tokens / per_row)
+        stages = shape.pipeline_parallel
+        low, high = 0.0, most / stages
+        for _ in range(20):
+            rows = (low + high) / 2
+            step_s = shape.decode.total_s(
+                StepFeatures(decode_rows=max(1, round(rows)), decode_context=round(rows * per_row))
+            )
+            low, high = (rows, high) if step_s <= limit_s else (low, rows)
+        if low == 0.0:
+            return 0.0
+        features = StepFeatures(decode_rows=max(1, round(low)), decode_context=round(low * per_row))
+        return low * stages / shape.decode.total_s(features) / max(1.0, tokens - 1)
+
+    # pairs
+
+    def link_rps(self, prefill: WorkerShape, n: int, decode: WorkerShape, m: int) -> float:
+        """Requests a second whose KV the narrower side's network ports carry; inf when free."""
+        kv_bytes = self.problem.kv_bytes_per_token * float(self.workload.prompt_tokens.mean())
+        if not kv_bytes:
+            return float("inf")
+        return (
+            min(
+                n * prefill.gpus * prefill.machine.hardware.network_bandwidth,
+                m * decode.gpus * decode.machine.hardware.network_bandwidth,
+            )
+            / kv_bytes
+        )
+
+    def pair_rps(
+        self, prefill: WorkerShape, n: int, decode: WorkerShape, m: int, *, local: bool
+    ) -> tuple[float, str]:
+        """Goodput of both pools in a row, TTFT and TPOT jointly, KV charged; and what binds."""
+        guess = min(self.prefill_rps(prefill, n), self.decode_rps(decode, m))
+        links = float("inf") if local else self.link_rps(prefill, n, decode, m)
+        if guess <= 0:
+            return 0.0, "ttft" if not self.prefill_rps(prefill, n) else "tpot"
+        behind_s = self.behind_s(prefill, decode, local=local)
+        missed: dict[float, str] = {}
+
+        def margin(rate_rps: float) -> float:
+            if rate_rps > links:
+                missed[rate_rps] = "network"
+                return -1.0
+            in_time, steady = self.outcome(prefill, n, decode, m, rate_rps, behind_s)
+            missed[rate_rps] = "ttft" if in_time.mean() < steady.mean() else "tpot"
+            return self.judge.margin(in_time & steady)
+
+        rate_rps = highest_rate(margin, guess)
+        above = [rate for rate in missed if rate > rate_rps]
+        return rate_rps, missed[min(above)] if above else "tpot"
+
+    def behind_s(self, prefill: WorkerShape, decode: WorkerShape, *, local: bool) -> Column:
+        """From the end of prefill until decode can go on, on links with nobody else there."""
+        if not self.problem.kv_bytes_per_token:
+            return np.zeros(self.workload.num_requests)
+        ends = (prefill.machine.network, decode.machine.network)
+        sides = [end.local if local else end.remote for end in ends]
+        width = min(prefill.gpus, decode.gpus)
+        link = Link(
+            bytes_per_s=width * min(side.bytes_per_s for side in sides),
+            latency_s=max(side.latency_s for side in sides),
+        )
+        return visible_s(
+            self.workload.prompt_tokens,
+            self.problem.kv_bytes_per_token,
+            self.problem.model.num_layers,
+            self.prompt_costs(prefill).alone_s(),
+            link,
+        )
+
+    def outcome(
+        self,
+        prefill: WorkerShape,
+        n: int,
+        decode: WorkerShape,
+        m: int,
+        rate_rps: float,
+        behind_s: Column,
+    ) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+        """Which requests meet TTFT, and which TPOT."""
+        arrival_s = self.unit_arrival_s / rate_rps
+        first_s = self.first_s(prefill, n, arrival_s)
+        last_s = self.last_s(decode, m, first_s + behind_s)
+        in_time = first_s - arrival_s <= self.judge.ttft_s
+        return in_time, (last_s - first_s) / self.later <= self.judge.tpot_s

@@ -1,0 +1,202 @@
+"""What a search is asked, with everything looked up: shapes, step times, machines, targets."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from ..configs.plan_schema import LatencyConfig, PlanConfig
+from ..engine.errors import InvalidConfig
+from .distserve_profile import DistServeLatency, read_distserve_profile
+from .inventory import MachineType, read_inventory
+from .latency import LatencySource, NoLatency, PhaseLatency
+from .model_shape import ModelShape, read_shape
+from .roofline import RooflineLatency
+from .slo import SloPolicy, parse_slo
+from .step_profile import read_profile
+from .workload import WorkloadSpec, parse_workload
+
+Shape = tuple[int, int]  # tensor parallel, pipeline parallel
+RATE_GOALS = ("gpus", "cost", "power")
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkerShape:
+    """A worker of either pool: GPUs of one machine type, and how they split the model."""
+
+    machine: MachineType
+    source: LatencySource
+    tensor_parallel: int
+    pipeline_parallel: int
+    kv_tokens: int  # positions it holds
+
+    @property
+    def gpus(self) -> int:
+        return self.tensor_parallel * self.pipeline_parallel
+
+    @property
+    def key(self) -> tuple[str, int, int]:
+        return self.machine.name, self.tensor_parallel, self.pipeline_parallel
+
+    @property
+    def cost_per_hour(self) -> float:
+        return self.gpus * self.machine.hardware.price_per_hour
+
+    @property
+    def power_w(self) -> float:
+        return self.gpus * self.machine.hardware.power_w
+
+    @cached_property
+    def prefill(self) -> PhaseLatency:
+        return self.source.phase("prefill", self.tensor_parallel, self.pipeline_parallel)
+
+    @cached_property
+    def decode(self) -> PhaseLatency:
+        return self.source.phase("decode", self.tensor_parallel, self.pipeline_parallel)
+
+    @cached_property
+    def mixed(self) -> PhaseLatency:
+        return self.source.phase("mixed", self.tensor_parallel, self.pipeline_parallel)
+
+    def __str__(self) -> str:
+        return f"{self.machine.name} TP{self.tensor_parallel} PP{self.pipeline_parallel}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Problem:
+    """A plan file, understood."""
+
+    config: PlanConfig
+    model: ModelShape
+    machines: Mapping[str, MachineType]
+    workload: WorkloadSpec
+    slo: SloPolicy
+    shapes: tuple[WorkerShape, ...]
+    left_out: tuple[str, ...]  # shapes that cannot be, with the reason
+    max_model_len: int
+
+    @property
+    def rate_rps(self) -> float | None:
+        """What the placement must carry; None: as much as the machines can."""
+        return self.workload.rate_rps if "rate_rps" in self.config.workload else None
+
+    @property
+    def kv_bytes_per_token(self) -> float:
+        return self.model.kv_bytes_per_token if self.config.search.kv_transfer else 0.0
+
+
+def read_problem(config: PlanConfig, folder: Path) -> Problem:
+    """Look up everything a plan file names. Relative paths in sections start from `folder`."""
+    model = read_shape(config.model.path)
+    max_model_len = config.model.max_model_len or model.max_positions
+    section = {"max_total_tokens": max_model_len, "rate_rps": 1.0, **config.workload}
+    if "trace" in section and "rate_rps" not in config.workload:
+        del section["rate_rps"]
+    if config.objective.goal in RATE_GOALS and "rate_rps" not in config.workload:
+        raise InvalidConfig(
+            "objective.goal",
+            f"the least {config.objective.goal} for what rate?",
+            "give workload.rate_rps, or choose a goodput goal",
+        )
+    machines = read_inventory(config.inventory, folder)
+    sources = {
+        name: _source(config.latency, model, machine) for name, machine in machines.items()
+    }
+    shapes, left_out = _shapes(config, model, machines, sources)
+    return Problem(
+        config=config,
+        model=model,
+        machines=machines,
+        workload=parse_workload(_timeless(section), base=folder),
+        slo=parse_slo(config.slo),
+        shapes=shapes,
+        left_out=left_out,
+        max_model_len=max_model_len,
+    )
+
+
+def _timeless(section: dict[str, object]) -> dict[str, object]:
+    """A trace that has lengths only gets rate 1, which the search then stretches."""
+    if "trace" in section and "rate_rps" not in section:
+        section = {**section, "rate_rps": 1.0}
+    return section
+
+
+def _source(latency: LatencyConfig, model: ModelShape, machine: MachineType) -> LatencySource:
+    if latency.source == "sheet":
+        if latency.file is not None:
+            raise InvalidConfig("latency.file", "a sheet has none", "set latency.source: profile")
+        return RooflineLatency(shape=model, hardware=machine.hardware)
+    if latency.file is None:
+        raise InvalidConfig("latency.file", "is missing", f"name the {latency.source} file")
+    if latency.source == "profile":
+        profile = read_profile(latency.file)
+        profile.require(hardware=machine.hardware.name, model=model.name)
+        return profile
+    profile = read_distserve_profile(latency.file)
+    name = latency.model or model.name
+    known = sorted({name for name, _ in profile})
+    if name not in known:
+        raise InvalidConfig("latency.model", f"{name!r} is not in the file", f"use one of {known}")
+    if not machine.hardware.name.startswith("a100"):
+        raise InvalidConfig(
+            f"inventory.{machine.name}.hardware",
+            f"the coefficients were measured on a100-80g, not {machine.hardware.name}",
+            "use latency.source: sheet, or a100-80g",
+        )
+    return DistServeLatency(model=name, profile=profile)
+
+
+def _shapes(
+    config: PlanConfig,
+    model: ModelShape,
+    machines: Mapping[str, MachineType],
+    sources: Mapping[str, LatencySource],
+) -> tuple[tuple[WorkerShape, ...], tuple[str, ...]]:
+    """Every (machine, TP, PP) that holds the model, and why the others do not."""
+    shapes, left_out = [], []
+    for machine in machines.values():
+        for tp, pp in _parallelisms(config, machine):
+            words = f"{machine.name} TP{tp} PP{pp}"
+            if not model.divides(tp, pp):
+                left_out.append(f"{words}: heads or layers do not divide")
+                continue
+            tokens = config.latency.kv_tokens or model.kv_capacity_tokens(
+                machine.hardware.memory_bytes,
+                tp,
+                pp,
+                max_batch_tokens=config.search.max_batch_tokens,
+            )
+            if tokens < (config.model.max_model_len or 1):
+                room = f"room for {tokens} tokens of KV" if tokens else "the weights do not fit"
+                left_out.append(f"{words}: {room} in {machine.hardware.memory_bytes / 1e9:g} GB")
+                continue
+            shape = WorkerShape(
+                machine=machine,
+                source=sources[machine.name],
+                tensor_parallel=tp,
+                pipeline_parallel=pp,
+                kv_tokens=tokens,
+            )
+            try:
+                assert shape.prefill and shape.decode
+            except NoLatency as error:
+                left_out.append(f"{words}: {error.reason}")
+                continue
+            shapes.append(shape)
+    return tuple(shapes), tuple(left_out)
+
+
+def _parallelisms(config: PlanConfig, machine: MachineType) -> list[Shape]:
+    search = config.search
+    widest = machine.gpus if search.tensor_parallel_across_nodes else machine.nvlink_domain
+    return [
+        (tp, pp)
+        for tp in (1, 2, 4, 8, 16, 32)
+        for pp in (1, 2, 4, 8, 16)
+        if tp <= min(widest, search.max_tensor_parallel)
+        and pp <= search.max_pipeline_parallel
+        and tp * pp <= machine.gpus
+    ]
