@@ -30,6 +30,9 @@ COMMANDS = {
     "validate": Entry("validate", "check a cluster file and its checkpoint, start nothing"),
     "generate": Entry("generate", "stream one completion from a running cluster"),
     "status": Entry("status", "show a running cluster: its workers, blocks and requests"),
+    "bench": Entry("bench", "offer load to a running cluster: latency, attainment, goodput"),
+    "profile": Entry("profile", "measure step times on the hardware at hand"),
+    "simulate": Entry("simulate", "the digital twin of a cluster file: latencies and attainment"),
 }
 
 

@@ -10,6 +10,8 @@ The rules, in one place:
   those that are here end sooner or later, this wait is finite.
 - **Backfill with an age bound.** Those that fit pass one that waits for memory, until
   it has waited longer than `max_wait_s`; from then on it is overdue and is next.
+- **A shared prefix is computed once.** A prompt whose next block is being computed for another
+  one waits for that, unless it is overdue.
 """
 
 from __future__ import annotations
@@ -17,8 +19,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from itertools import chain, islice
 
-from ..engine.blocks import BlockAllocator
 from ..engine.order import AgeLine, DeadlineLine, Line, Waiter
+from ..engine.prefix_cache import PrefixCache
+from ..engine.sequence import Sequence
 
 _LOOK_PAST = 8  # sequences without room that one call looks past
 
@@ -26,8 +29,9 @@ _LOOK_PAST = 8  # sequences without room that one call looks past
 class Admission:
     """The sequences that hold no blocks: new prompts, KV waiting elsewhere, and preempted."""
 
-    def __init__(self, allocator: BlockAllocator, max_wait_s: float) -> None:
-        self.allocator = allocator
+    def __init__(self, prefix: PrefixCache, max_wait_s: float) -> None:
+        self.prefix = prefix
+        self.allocator = prefix.allocator
         self.max_wait_s = max_wait_s
         self.prompts = DeadlineLine()
         self.room = Line()  # their KV waits in the prefill pool
@@ -71,19 +75,25 @@ class Admission:
 
     def has_room(self, count: int, num_here: int) -> bool:
         """Whether `count` blocks leave the watermark; `num_here` sequences hold blocks."""
-        return count + num_here <= self.allocator.num_free
+        return count + num_here <= self.allocator.num_available
 
     def next_fetch(self, num_here: int, now_s: float) -> tuple[Waiter, list[int]] | None:
-        """A sequence that leaves the room line, with the blocks leased for its KV."""
+        """A sequence that leaves the room line, with the blocks leased for its KV, which come
+        after those that it holds now because they are here."""
         if self.preempted or not self.room:
             return None
         overdue = self._new_ages.overdue(now_s - self.max_wait_s)
         for waiter in self._candidates(self.room, overdue):
-            count = self.allocator.blocks_for(waiter.sequence.num_tokens - 1)
-            if self.has_room(count, num_here):
-                blocks = self.allocator.lease(count)
+            sequence = waiter.sequence
+            num_tokens = sequence.num_tokens - 1  # the last has no KV yet
+            count = self.allocator.blocks_for(num_tokens)
+            found = self.allocator.lookup(self.prefix.shareable(sequence, num_tokens))
+            if self.has_room(self.prefix.num_to_take(found, count), num_here):
+                self.allocator.share(found)
+                blocks = self.allocator.lease(count - len(found))
                 assert blocks is not None, "has_room() says so"
                 self.remove(waiter)
+                sequence.blocks = found
                 return waiter, blocks
         return None
 
@@ -98,12 +108,15 @@ class Admission:
             return None
         overdue = ages.overdue(now_s - self.max_wait_s)
         for waiter in self._candidates(line, overdue):
-            count = self.allocator.blocks_for(waiter.sequence.num_tokens)
-            if self.has_room(count, num_here):
-                blocks = self.allocator.allocate(count)
-                assert blocks is not None, "has_room() says so"
+            sequence = waiter.sequence
+            if waiter is not overdue and self.prefix.is_underway(sequence):
+                continue
+            found = self.prefix.find(sequence)
+            count = self.allocator.blocks_for(sequence.num_tokens)
+            if self.has_room(self.prefix.num_to_take(found, count), num_here):
                 self.remove(waiter)
-                waiter.sequence.blocks = blocks
+                admitted = self.prefix.admit(sequence, found)
+                assert admitted, "has_room() says so"
                 return waiter
         return None
 
@@ -117,8 +130,13 @@ class Admission:
             return 0 if free_place or self.room else nobody
         lines = (self.room, self.prompts, self.preempted) if free_place else (self.room,)
         # A fetch needs no block for its last token: the lower bound serves all three lines.
-        lengths = [waiter.sequence.num_tokens - 1 for waiter in chain(*lines)]
-        return self.allocator.blocks_for(min(lengths)) if lengths else nobody
+        return min((self._least(waiter.sequence) for waiter in chain(*lines)), default=nobody)
+
+    def _least(self, sequence: Sequence) -> int:
+        count = self.allocator.blocks_for(sequence.num_tokens - 1)
+        if not self.prefix.is_on:
+            return count
+        return max(0, self.prefix.num_to_take(self.prefix.find(sequence), count))
 
     def check(self) -> None:
         """Assert that nobody who waits here holds blocks."""

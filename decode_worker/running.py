@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 
 from ..engine.batch import Batch
-from ..engine.blocks import BlockAllocator
 from ..engine.order import Line, Waiter
+from ..engine.prefix_cache import PrefixCache
 from ..engine.sequence import Sequence
 
 Ending = tuple[Sequence, int]  # a sequence and the token that may end it
@@ -15,8 +15,9 @@ Ending = tuple[Sequence, int]  # a sequence and the token that may end it
 class Running:
     """Rows of the next step, and the sequences that wait for a row with their KV here."""
 
-    def __init__(self, allocator: BlockAllocator, waiters: Mapping[str, Waiter]) -> None:
-        self.allocator = allocator
+    def __init__(self, prefix: PrefixCache, waiters: Mapping[str, Waiter]) -> None:
+        self.prefix = prefix
+        self.allocator = prefix.allocator
         self.waiters = waiters  # the scheduler's, read only
         self.decoding: list[Sequence] = []  # all tokens but the last computed
         self.prefilling: list[Sequence] = []  # chunk by chunk, in order of admission
@@ -69,6 +70,11 @@ class Running:
             return [row for row in self.decoding if row not in stalled], preempted
         return self.decoding.copy(), preempted
 
+    def enter(self, sequence: Sequence) -> None:
+        """A sequence has its blocks and is computed here, from behind what it found cached."""
+        self.prefilling.append(sequence)
+        self.context_tokens += sequence.num_computed
+
     def advance_rows(
         self, rows: list[Sequence], token_ids: list[int], stop_token_ids: set[int]
     ) -> list[Ending]:
@@ -84,31 +90,34 @@ class Running:
         self.context_tokens += len(rows)
         return endings
 
-    def advance_chunks(self, batch: Batch, first_row: int) -> list[int]:
+    def advance_chunks(self, batch: Batch, first_row: int, doomed: Container[str]) -> list[int]:
         """Chunks from `first_row` on are computed; returns the rows whose sequence is decoding now.
 
-        These are due a token, which the caller appends.
+        These are due a token, which the caller appends. What the `doomed` computed is not kept.
         """
         rows = []
         for row in range(first_row, batch.num_rows):
             sequence = batch.sequences[row]
             sequence.num_computed += batch.counts[row]
             self.context_tokens += batch.counts[row]
+            if sequence.id not in doomed:
+                self.prefix.computed(sequence, batch.starts[row])
             if sequence.num_computed == sequence.num_tokens:
                 self.prefilling.remove(sequence)
                 self.decoding.append(sequence)
                 rows.append(row)
         return rows
 
-    def leave(self, sequence: Sequence) -> None:
-        """Take a sequence's place and blocks."""
+    def leave(self, sequence: Sequence, num_complete: int | None = None) -> None:
+        """Take a sequence's place and blocks; its first `num_complete` positions, or all that are
+        computed, stay in the prefix cache as long as there is room."""
         (self.decoding if sequence in self.decoding else self.prefilling).remove(sequence)
         self.context_tokens -= sequence.num_computed
-        self._drop(sequence)
+        self.prefix.drop(sequence, num_complete)
 
     def leave_ready(self, waiter: Waiter) -> None:
         self.ready.remove(waiter)
-        self._drop(waiter.sequence)
+        self.prefix.drop(waiter.sequence)
 
     def _victim(self) -> Waiter | None:
         """Lowest priority class, then latest arrival; never the oldest of all."""
@@ -130,7 +139,3 @@ class Running:
         sequence.num_computed = 0
         sequence.num_preemptions += 1
         self.preemptions += 1
-
-    def _drop(self, sequence: Sequence) -> None:
-        self.allocator.release(sequence.blocks)
-        sequence.blocks = []

@@ -22,6 +22,7 @@ from ..engine.batch import Batch, Progress, StepOutput
 from ..engine.blocks import BlockAllocator
 from ..engine.load import SchedulerLoad
 from ..engine.order import Waiter
+from ..engine.prefix_cache import PrefixCache
 from ..engine.sequence import Sequence
 from ..engine.step_time import StepFeatures, StepTime, features_of, prefill_s
 from ..engine.step_time_online import OnlineStepTime
@@ -65,9 +66,11 @@ class DecodeScheduler:
         self._limits = limits
         self._step_time = step_time
         self._waiters: dict[str, Waiter] = {}  # every sequence here, whatever its state
-        self._admission = Admission(allocator, limits.max_wait_s)
+        self.prefix = PrefixCache(allocator)
+        self._admission = Admission(self.prefix, limits.max_wait_s)
         self._fetching: set[str] = set()  # room was found, KV is on its way
-        self._running = Running(allocator, self._waiters)
+        self._running = Running(self.prefix, self._waiters)
+        self._held: list[list[int]] = []  # prefixes of grants that are not resumed yet
         self._in_flight: Batch | None = None
         self._num_decode_rows = 0  # of the step in flight
         self._doomed: set[str] = set()  # aborted while in flight
@@ -96,7 +99,9 @@ class DecodeScheduler:
         predicted_s = 0.0
         if self._step_time is not None:
             tokens = limits.max_batch_tokens
-            predicted_s = prefill_s(self._step_time, sequence.num_tokens, 0, tokens)
+            num_ready = len(self.prefix.find(sequence)) * self._allocator.block_size
+            num_left = sequence.num_tokens - num_ready
+            predicted_s = prefill_s(self._step_time, num_left, num_ready, tokens)
         deadline_s = request.arrival_s + ttft_s
         self._admission.add_prompt(
             waiter, deadline_s=deadline_s, predicted_s=predicted_s, now_s=now_s
@@ -112,6 +117,29 @@ class DecodeScheduler:
             return None
         return self._allocator.lease(count)
 
+    def lease_behind(
+        self, num_blocks: int, hashes: list[int]
+    ) -> tuple[list[int], list[int]] | None:
+        """As `lease`, for a sequence of `num_blocks` blocks whose first ones are named by
+        `hashes`: those of them that are here already, and leased ones for the rest, at least
+        one. `resume` takes a sequence whose blocks are the first; else `unhold` ends them."""
+        found = self._allocator.lookup(hashes[: num_blocks - 1])
+        count = self.prefix.num_to_take(found, num_blocks)
+        if not self._admission.may_lease(count, self._running.num_here, self._now_s):
+            return None
+        self._allocator.share(found)
+        blocks = self._allocator.lease(num_blocks - len(found))
+        assert blocks is not None, "may_lease() says so"
+        if found:
+            self._held.append(found)
+        return found, blocks
+
+    def unhold(self, blocks: list[int]) -> None:
+        """The prefix that `lease_behind` found is not needed any more."""
+        if blocks:
+            self._held.remove(blocks)
+            self._allocator.release(blocks)
+
     def unlease(self, blocks: list[int]) -> None:
         """Free leased blocks: their writer acknowledged the end, or is known dead."""
         self._allocator.unlease(blocks)
@@ -119,8 +147,8 @@ class DecodeScheduler:
     def resume(self, sequence: Sequence, blocks: list[int], now_s: float) -> None:
         """Go on with a sequence whose KV stands in `blocks`, leased until now.
 
-        The KV is that of all known tokens but the last. The sequence is new here or was given
-        out by `next_fetches`.
+        The KV is that of all known tokens but the last. The sequence is new here, and holds what
+        `lease_behind` found for it, or was given out by `next_fetches`.
         """
         if sequence.id in self._fetching:
             self._fetching.remove(sequence.id)
@@ -128,10 +156,13 @@ class DecodeScheduler:
             assert waiter.sequence is sequence
         else:
             waiter = self._enter(sequence, now_s)
-        assert len(blocks) >= self._allocator.blocks_for(sequence.num_tokens - 1)
+            if sequence.blocks:
+                self._held.remove(sequence.blocks)
         self._allocator.activate(blocks)
-        sequence.blocks = list(blocks)
+        sequence.blocks = [*sequence.blocks, *blocks]
         sequence.num_computed = sequence.num_tokens - 1
+        assert len(sequence.blocks) >= self._allocator.blocks_for(sequence.num_computed)
+        self.prefix.arrived(sequence)
         self._running.ready.push(waiter, waiter.rank)
 
     def wait_for_room(self, sequence: Sequence, now_s: float) -> None:
@@ -142,6 +173,7 @@ class DecodeScheduler:
     def next_fetches(self, now_s: float) -> list[tuple[Sequence, list[int]]]:
         """Sequences there is room for now, each with the blocks leased for its KV.
 
+        A sequence's own blocks are the beginning that is here already; the leased ones follow.
         Each is then resumed with these blocks; or, when the fetch fails, aborted, and the
         blocks unleased once nobody can write to them.
         """
@@ -167,6 +199,8 @@ class DecodeScheduler:
         sequence = waiter.sequence
         if sequence_id in self._fetching:
             self._fetching.remove(sequence_id)
+            self._allocator.release(sequence.blocks)
+            sequence.blocks = []
         elif waiter.line is self._running.ready:
             self._running.leave_ready(waiter)
         elif waiter.line is not None:
@@ -222,7 +256,7 @@ class DecodeScheduler:
         if num_rows < batch.num_rows:
             endings += self._advance_chunks(batch, token_ids, progress)
         if self._doomed:
-            self._end_doomed(progress)
+            self._end_doomed(batch, progress)
         for sequence, token_id in endings:
             if sequence.id in self._waiters:
                 self._end_if_due(sequence, token_id, progress)
@@ -271,6 +305,8 @@ class DecodeScheduler:
             context_tokens=running.context_tokens,
             preemptions=running.preemptions,
             blocks=self._allocator.counts(),
+            hit_tokens=self.prefix.hit_tokens,
+            asked_tokens=self.prefix.asked_tokens,
         )
 
     def check(self) -> None:
@@ -280,8 +316,10 @@ class DecodeScheduler:
         ready = [waiter.sequence for waiter in self._running.ready]
         running = [*self._running.decoding, *self._running.prefilling]
         assert len(running) <= self._limits.max_batch_size
-        held = [block for sequence in [*running, *ready] for block in sequence.blocks]
-        assert len(held) == len(set(held)) == self._allocator.counts().active
+        fetching = [self._waiters[name].sequence for name in self._fetching]
+        holders = [*running, *ready, *fetching]
+        self._allocator.check_held([*(sequence.blocks for sequence in holders), *self._held])
+        self.prefix.check({sequence.id for sequence in self._running.prefilling})
         for sequence in [*self._running.decoding, *ready]:
             assert sequence.num_uncomputed == 1, sequence.id
         for sequence in [*running, *ready]:
@@ -341,14 +379,14 @@ class DecodeScheduler:
             waiter = self._admission.next_prefill(running.num_here, now_s)
             if waiter is None:
                 return
-            running.prefilling.append(waiter.sequence)
+            running.enter(waiter.sequence)
             yield waiter.sequence
 
     def _advance_chunks(
         self, batch: Batch, token_ids: list[int], progress: Progress
     ) -> list[Ending]:
         endings = []
-        for row in self._running.advance_chunks(batch, self._num_decode_rows):
+        for row in self._running.advance_chunks(batch, self._num_decode_rows, self._doomed):
             sequence, token_id = batch.sequences[row], token_ids[row]
             sequence.append(token_id)
             progress.sequences.append(sequence)
@@ -367,10 +405,13 @@ class DecodeScheduler:
             del self._waiters[sequence.id]
             progress.finished.append((sequence, reason))
 
-    def _end_doomed(self, progress: Progress) -> None:
-        """What was aborted during the step leaves now, and its token is nobody's."""
-        for sequence_id in self._doomed:
-            self._running.leave(self._waiters.pop(sequence_id).sequence)
+    def _end_doomed(self, batch: Batch, progress: Progress) -> None:
+        """What was aborted during the step, or by its failure, leaves now; its token is
+        nobody's, and what the step computed of it is not kept."""
+        for sequence, start in zip(batch.sequences, batch.starts, strict=True):
+            if sequence.id in self._doomed:
+                del self._waiters[sequence.id]
+                self._running.leave(sequence, start)
         kept = [
             i for i, sequence in enumerate(progress.sequences) if sequence.id not in self._doomed
         ]

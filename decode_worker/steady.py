@@ -9,12 +9,12 @@ from ..engine.sequence import Sequence
 def num_steady_steps(rows: list[Sequence], allocator: BlockAllocator) -> int:
     """Steps in which no row reaches its last token and each finds the blocks it needs."""
     most = min([row.max_total_tokens - row.num_tokens for row in rows]) - 1
-    if most <= 0 or _blocks_needed(rows, most, allocator.block_size) <= allocator.num_free:
+    if most <= 0 or _blocks_needed(rows, most, allocator.block_size) <= allocator.num_available:
         return max(0, most)
     least = 0
     while least < most - 1:
         middle = (least + most) // 2
-        if _blocks_needed(rows, middle, allocator.block_size) <= allocator.num_free:
+        if _blocks_needed(rows, middle, allocator.block_size) <= allocator.num_available:
             least = middle
         else:
             most = middle

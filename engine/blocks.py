@@ -1,15 +1,21 @@
 """Who holds which block of a KV pool. Ids only: knows neither tensors nor tokens.
 
-A block is free, active (one or more references) or leased (a remote writer may write to it).
+A block is free, active (one or more references), leased (a remote writer may write to it) or
+cached (no reference, its contents known by name for a later prompt with the same prefix).
 Law: `free + active + cached + leased == total` after every call, and a leased block is given to
-nobody before `activate` or `unlease`. What can only be a caller's bug fails an assertion.
+nobody before `activate` or `unlease`. Who takes blocks gets free ones first, then cached ones,
+the least recently used leaves of the prefix forest. What can only be a caller's bug fails an
+assertion.
 """
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from .free_runs import FreeRuns
+from .prefix import PrefixIndex
 
 _LEASED = -1  # in place of a number of references
 
@@ -47,19 +53,27 @@ class BlockAllocator:
     """Hands out blocks `[0, num_blocks)`, neighbours where possible.
 
     `allocate`, `lease`, `release` cost O(runs) plus a slice assignment a run; `extend` is O(1).
+    A block that is or becomes known by name costs O(log blocks) to release and to take.
     """
 
-    def __init__(self, num_blocks: int, block_size: int) -> None:
+    def __init__(self, num_blocks: int, block_size: int, *, prefix_cache: bool = False) -> None:
+        """Without `prefix_cache` no block is ever known by name, and `release` frees."""
         assert num_blocks >= 0 and block_size > 0, (num_blocks, block_size)
         self.num_blocks = num_blocks
         self.block_size = block_size  # positions a block
         self._references = [0] * num_blocks
         self._free = FreeRuns(num_blocks)
         self._num_leased = 0
+        self.prefixes = PrefixIndex(num_blocks) if prefix_cache else None
 
     @property
     def num_free(self) -> int:
         return self._free.count
+
+    @property
+    def num_available(self) -> int:
+        """Blocks that can be taken: free and cached ones."""
+        return self._free.count + (self.prefixes.num_idle if self.prefixes is not None else 0)
 
     def blocks_for(self, num_tokens: int) -> int:
         """Blocks that hold `num_tokens` positions."""
@@ -71,7 +85,7 @@ class BlockAllocator:
 
     def extend(self, blocks: list[int]) -> bool:
         """Append one active block, if possible the neighbour of the last; False without room."""
-        if not self._free.count:
+        if not self._make_free(1):
             return False
         block = self._free.take_after(blocks[-1] if blocks else -1)
         self._references[block] = 1
@@ -79,26 +93,76 @@ class BlockAllocator:
         return True
 
     def share(self, blocks: list[int]) -> None:
-        """One more reference to each of these active blocks."""
+        """One more reference to each of these active or cached blocks."""
         references = self._references
         for block in blocks:
-            assert references[block] > 0, f"block {block} is shared but not active"
+            if not references[block] and self.prefixes is not None:
+                self.prefixes.wake(block)
+            else:
+                assert references[block] > 0, f"block {block} is shared but not active"
             references[block] += 1
 
-    def release(self, blocks: list[int]) -> None:
-        """One reference less to each; a block is free at the last one."""
-        references = self._references
+    def release(self, blocks: list[int], hashes: Sequence[int] = ()) -> None:
+        """One reference less to each; at the last one a block is cached if known, else free.
+
+        `hashes` name the first `len(hashes)` blocks, which are complete: what of them is not
+        known yet becomes known, and what is known as another block is freed.
+        """
+        if self.prefixes is not None:
+            self.prefixes.tick()
+            self._remember(self.prefixes, blocks, hashes)
         for first, length in runs(blocks):
             end = first + length
-            if references[first:end] == [1] * length:
-                references[first:end] = [0] * length
+            if self.prefixes is None and self._references[first:end] == [1] * length:
+                self._references[first:end] = [0] * length
                 self._free.put(first, length)
                 continue
-            for block in range(first, end):
-                assert references[block] > 0, f"block {block} is released but not active"
-                references[block] -= 1
-                if not references[block]:
-                    self._free.put(block, 1)
+            self._release_run(first, end)
+
+    def lookup(self, hashes: Sequence[int]) -> list[int]:
+        """Blocks of the longest known prefix; `share` them to keep them."""
+        return [] if self.prefixes is None else self.prefixes.lookup(hashes)
+
+    def publish(self, blocks: list[int], hashes: Sequence[int], first: int) -> None:
+        """The active blocks `[first, len(hashes))` are complete: others may find them.
+
+        Stops at a prefix that is known as another block, so that who uses a block uses its
+        parent.
+        """
+        prefixes = self.prefixes
+        if prefixes is None:
+            return
+        parent = blocks[first - 1] if first else -1
+        if first and prefixes.get(hashes[first - 1]) != parent:
+            return
+        for block, name in zip(blocks[first:], hashes[first:], strict=False):
+            known = prefixes.get(name)
+            if known is None:
+                assert self._references[block] > 0, f"block {block} is published but not active"
+                prefixes.enter(block, name, parent)
+            elif known != block:
+                return
+            parent = block
+
+    def adopt(self, blocks: list[int], hashes: Sequence[int]) -> list[int]:
+        """As `publish` from the first block on, but what is known as another block is exchanged
+        for that one; returns the blocks that the caller holds now. Nobody reads or writes them
+        meanwhile."""
+        prefixes = self.prefixes
+        if prefixes is None:
+            return blocks
+        held = list(blocks)
+        spare = []
+        for i, name in enumerate(hashes):
+            known = prefixes.get(name)
+            if known is None:
+                prefixes.enter(held[i], name, held[i - 1] if i else -1)
+            elif known != held[i]:
+                self.share([known])
+                spare.append(held[i])
+                held[i] = known
+        self.release(spare)
+        return held
 
     def lease(self, count: int) -> list[int] | None:
         """`count` blocks for a remote writer; None, and nothing taken, without room."""
@@ -118,16 +182,17 @@ class BlockAllocator:
 
     def counts(self) -> BlockCounts:
         free, leased = self._free.count, self._num_leased
+        cached = self.num_available - free
         return BlockCounts(
             total=self.num_blocks,
             free=free,
-            active=self.num_blocks - free - leased,
-            cached=0,
+            active=self.num_blocks - free - cached - leased,
+            cached=cached,
             leased=leased,
         )
 
     def references(self, block: int) -> int:
-        """References to a block; 0 for free and leased ones."""
+        """References to a block; 0 for free, cached and leased ones."""
         return max(0, self._references[block])
 
     def check(self) -> None:
@@ -137,7 +202,7 @@ class BlockAllocator:
         assert total == counts.total, counts
         assert min(counts.free, counts.active, counts.leased) >= 0, counts
         assert self._references.count(_LEASED) == counts.leased, counts
-        assert self._references.count(0) == counts.free, counts
+        assert self._references.count(0) == counts.free + counts.cached, counts
         assert min(self._references, default=0) >= _LEASED
         previous_end = -1
         for first, length in self._free.runs():
@@ -145,15 +210,56 @@ class BlockAllocator:
             previous_end = first + length
             assert self._references[first:previous_end] == [0] * length, (first, length)
         assert sum(length for _, length in self._free.runs()) == counts.free, counts
+        if self.prefixes is not None:
+            self.prefixes.check(self._references)
+
+    def check_held(self, holders: Iterable[Sequence[int]]) -> None:
+        """Assert that the references are those of the holders' blocks, O(num_blocks)."""
+        held = Counter(block for blocks in holders for block in blocks)
+        assert len(held) == self.counts().active, "somebody unknown holds blocks"
+        assert all(self._references[block] == count for block, count in held.items())
 
     def _take(self, count: int, references: int) -> list[int] | None:
-        if count > self._free.count:
+        if not self._make_free(count):
             return None
         blocks: list[int] = []
         for first, length in self._free.take(count):
             self._references[first : first + length] = [references] * length
             blocks.extend(range(first, first + length))
         return blocks
+
+    def _make_free(self, count: int) -> bool:
+        """Give up cached blocks until `count` are free; False, and none given up, without room."""
+        if count <= self._free.count:
+            return True
+        if self.prefixes is None or count > self.num_available:
+            return False
+        while self._free.count < count:
+            self._free.put(self.prefixes.evict(), 1)
+        return True
+
+    def _release_run(self, first: int, end: int) -> None:
+        references, prefixes = self._references, self.prefixes
+        for block in range(first, end):
+            assert references[block] > 0, f"block {block} is released but not active"
+            references[block] -= 1
+            if references[block]:
+                continue
+            if prefixes is not None and prefixes.name(block) is not None:
+                prefixes.idle(block)
+            else:
+                self._free.put(block, 1)
+
+    def _remember(self, prefixes: PrefixIndex, blocks: list[int], hashes: Sequence[int]) -> None:
+        parent = -1
+        for block, name in zip(blocks, hashes, strict=False):
+            known = prefixes.get(name)
+            if known is None:
+                prefixes.enter(block, name, parent)
+                known = block
+            elif prefixes.is_idle(known):
+                prefixes.touch(known)
+            parent = known
 
     def _end_lease(self, blocks: list[int], references: int) -> list[tuple[int, int]]:
         ended = runs(blocks)

@@ -17,3 +17,5 @@ class SchedulerLoad:
     context_tokens: int  # tokens whose KV is held for running sequences
     preemptions: int  # since the worker started
     blocks: BlockCounts
+    hit_tokens: int = 0  # found in the prefix cache by sequences that were admitted
+    asked_tokens: int = 0  # of all sequences that were admitted to be computed

@@ -74,6 +74,7 @@ class Request:
     tpot_ms: float = 0.0  # target per output token, 0: the cluster's own
     slo_class: str = "default"
     priority: int = 0  # smaller is served first, as in vLLM
+    cache_salt: str = ""  # KV is shared only among requests with the same one
 
     @property
     def num_tokens(self) -> int:
@@ -130,3 +131,4 @@ class Handoff:
     source: TransferAddress
     queue_s: float  # waiting for the first chunk to be scheduled
     prefill_s: float  # from the first chunk to the first token
+    cached_tokens: int = 0  # of the prompt, found in the prefix cache

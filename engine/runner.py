@@ -78,6 +78,7 @@ class Runner:
         tokens = [-1] * batch.num_rows
         if not sampling:
             return StepOutput(token_ids=tokens)
+        assert logits is not None, "logits that are wanted come to the leader"
         chosen, logprobs = self._sampler.sample(logits, [batch.sequences[row] for row in sampling])
         for row, token in zip(sampling, chosen, strict=True):
             tokens[row] = token
@@ -90,14 +91,12 @@ class Runner:
 
     def _logits(
         self, batch: Batch, sampling: list[int], layer_done: Callable[[int], None] | None
-    ) -> Tensor:  # float32 [len(sampling), vocab]
+    ) -> Tensor | None:  # float32 [len(sampling), vocab]
         """Forward pass over the batch as columns, on every rank."""
         columns = columns_of(batch, sampling, self.layout.block_size)
         if self._followers is not None:
             self._followers.send(columns)
-        logits = self.rank.compute(columns, layer_done)
-        assert logits is not None, "logits come to the leader"
-        return logits
+        return self.rank.compute(columns, layer_done)
 
     def check_ranks(self) -> None:
         """Raises RankLost when a follower has died or is silent. From any thread."""

@@ -10,12 +10,15 @@ class Sequence:
 
     Invariants: `0 <= num_computed <= num_tokens`; the KV of positions `[0, num_computed)` is in
     `blocks`, `block_size` positions a block. A sequence is decoding when exactly one known token
-    is not computed yet. `tokens` is None in simulation, where only lengths matter.
+    is not computed yet. `tokens` is None in simulation, where only lengths matter; then
+    `block_hashes` may be given, one for each full block of the prompt.
     """
 
     __slots__ = (
         "__weakref__",  # the sampler remembers token counts for as long as a sequence lives
+        "block_hashes",
         "blocks",
+        "cached_tokens",
         "first_scheduled_s",
         "id",
         "max_total_tokens",
@@ -36,6 +39,8 @@ class Sequence:
         self.max_total_tokens = request.max_total_tokens
         self.num_computed = 0
         self.blocks: list[int] = []
+        self.block_hashes: list[int] = []  # names of the first full blocks, made as needed
+        self.cached_tokens = 0  # found in the prefix cache when it was first admitted
         self.num_preemptions = 0
         self.first_scheduled_s: float | None = None
 

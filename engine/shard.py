@@ -13,8 +13,9 @@ from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
+from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
+from torch.distributed import ProcessGroupGloo
 
 from .errors import RankLost
 from .shard_plan import Shard
@@ -24,11 +25,11 @@ WAIT_S = 60.0  # longest wait for another rank: it may compute a long part meanw
 T = TypeVar("T")
 
 
-def serve_store(host: str, timeout_s: float) -> tuple[dist.Store, int]:
+def serve_store(host: str, timeout_s: float) -> tuple[Store, int]:
     """A store for one worker's ranks, listening on `host`; its port."""
     listener = socket.create_server((host, 0))
     port = listener.getsockname()[1]
-    store = dist.TCPStore(
+    store = TCPStore(
         host,
         port,
         is_master=True,
@@ -39,10 +40,10 @@ def serve_store(host: str, timeout_s: float) -> tuple[dist.Store, int]:
     return store, port
 
 
-def join_store(host: str, port: int, timeout_s: float) -> dist.Store:
+def join_store(host: str, port: int, timeout_s: float) -> Store:
     """Another rank's store. Raises RankLost when nobody answers."""
     timeout = timedelta(seconds=timeout_s)
-    return _or_lost(lambda: dist.TCPStore(host, port, is_master=False, timeout=timeout))
+    return _or_lost(lambda: TCPStore(host, port, is_master=False, timeout=timeout))
 
 
 class RankLinks:
@@ -51,7 +52,7 @@ class RankLinks:
     def __init__(
         self,
         shard: Shard,
-        store: dist.Store,
+        store: Store,
         device: torch.device,
         host: str,  # where this rank listens, as the others reach it
         timeout_s: float = WAIT_S,
@@ -61,7 +62,7 @@ class RankLinks:
         self._device = device
 
         def group(name: str, rank: int, size: int) -> Any:
-            own = dist.PrefixStore(name, store)
+            own = PrefixStore(name, store)
             return _or_lost(lambda: _group(own, rank, size, device, host, timeout_s))
 
         self._all = group("all", shard.rank, shard.num_ranks)  # from one to one only
@@ -87,13 +88,13 @@ class RankLinks:
         return self._receive(self.shard.rank - self.shard.tensor_parallel, part, like, dtype)
 
     def gather(self, logits: Tensor | None, wanted: int, vocab: list[range]) -> Tensor | None:
-        """Whole rows of logits [wanted, vocabulary], at the leader; None elsewhere.
+        """Whole rows of logits [wanted, vocabulary], at the leader where any are; else None.
 
         `logits` are a last stage's own, `vocab` each tensor rank's share.
         """
         shard = self.shard
         if not wanted:
-            return None if logits is None else logits.new_empty((0, vocab[-1].stop))
+            return None
         if shard.rank != LEADER:
             if logits is not None:
                 self._send(logits, LEADER, 0)
@@ -131,17 +132,19 @@ class RankLinks:
 
 
 def _group(
-    store: dist.Store, rank: int, size: int, device: torch.device, host: str, timeout_s: float
+    store: Store, rank: int, size: int, device: torch.device, host: str, timeout_s: float
 ) -> Any:
     timeout = timedelta(seconds=timeout_s)
     if device.type == "cuda":
-        options = dist.ProcessGroupNCCL.Options()
+        from torch.distributed import ProcessGroupNCCL  # builds of torch for CPU have none
+
+        options = ProcessGroupNCCL.Options()
         options._timeout = timeout
-        return dist.ProcessGroupNCCL(store, rank, size, options)
-    options = dist.ProcessGroupGloo._Options()
-    options._devices = [dist.ProcessGroupGloo.create_device(hostname=host)]
+        return ProcessGroupNCCL(store, rank, size, options)
+    options = ProcessGroupGloo._Options()  # pyright: ignore[reportAttributeAccessIssue]
+    options._devices = [ProcessGroupGloo.create_device(hostname=host)]
     options._timeout = timeout
-    return dist.ProcessGroupGloo(store, rank, size, options)
+    return ProcessGroupGloo(store, rank, size, options)
 
 
 def _or_lost(operation: Callable[[], T]) -> T:

@@ -13,6 +13,7 @@ import socket
 from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..engine.layout import KVLayout
 from ..engine.request import TransferAddress, WorkerId
@@ -23,6 +24,12 @@ from .memory import PoolMemory
 from .messages import MalformedFrame
 from .shm import peer_pidfd, peer_uid
 from .tcp import SOCKET_BUFFER, prepare
+from .ways import GROUP, NEIGHBOUR, ways_of
+
+if TYPE_CHECKING:  # torch comes with the first group only
+    from torch.distributed import Store
+
+    from .group import Group
 
 _MAX_PENDING = 64  # calls being answered at once; more are hung up on
 
@@ -36,6 +43,7 @@ class Contact:
     sock: socket.socket
     rest: bytes  # control bytes that came right behind the hello
     data: socket.socket | None = None  # over TCP
+    group: Group | None = None  # over TCP, where one carries the payload
     memory: PoolMemory | None = None  # the peer's pool, over shared memory
     pidfd: int = -1  # over shared memory
 
@@ -47,6 +55,8 @@ class Caller:
         self, worker: WorkerId, layout: KVLayout, memory: PoolMemory, config: TransferConfig
     ) -> None:
         self._worker, self._layout, self._memory, self._config = worker, layout, memory, config
+        self.ways = ways_of(config, memory.device)
+        self._store: tuple[Store, int] | None = None  # and its port
         self._numbers = 0
         self._latest: dict[str, int] = {}  # newest incarnation met, by name
         self._tokens: dict[bytes, asyncio.Future[socket.socket]] = {}
@@ -60,17 +70,21 @@ class Caller:
         """Open the ports that the configuration allows."""
         loop = asyncio.get_running_loop()
         shm = tcp = ""
-        if self._config.transport in ("auto", "shm"):
+        if any(way in NEIGHBOUR for way in self.ways):
             shm = f"phasewise-{self._worker.name}-{os.getpid()}-{secrets.token_hex(6)}"
             sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
             self._listening.append(sock)
             sock.bind("\0" + shm)
-        if self._config.transport in ("auto", "tcp"):
+        if any(way not in NEIGHBOUR for way in self.ways):
             sock = socket.socket(socket.AF_INET, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
             self._listening.append(sock)
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, SOCKET_BUFFER)
             sock.bind((self._config.host, 0))
             tcp = f"{self._config.host}:{sock.getsockname()[1]}"
+        if any(way in GROUP for way in self.ways):
+            from ..engine.shard import serve_store
+
+            self._store = serve_store(self._config.host, self._config.answer_s)
         for sock in self._listening:
             sock.listen(64)
             loop.add_reader(sock, self._pick_up, sock)
@@ -79,7 +93,7 @@ class Caller:
     async def dial(self, peer: TransferAddress, transport: str) -> Contact:
         """Raises PeerRefused where it can never work, OSError or TimeoutError otherwise."""
         self.check_incarnation(peer.worker)
-        if transport == "shm":
+        if transport in NEIGHBOUR:
             sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
             where: str | tuple[str, int] = "\0" + peer.shm
         else:
@@ -90,7 +104,8 @@ class Caller:
                 await asyncio.get_running_loop().sock_connect(sock, where)
                 number = self._number()
                 fd = self._memory.fd if transport == "shm" else None
-                await handshake.say(sock, self._hello(number, wants=peer.worker), fd, CONTROL)
+                hello = self._hello(number, transport, wants=peer.worker)
+                await handshake.say(sock, hello, fd, CONTROL)
                 received = await handshake.hear(sock)
                 return await self._met(number, sock, received, peer)
         except BaseException:
@@ -104,6 +119,7 @@ class Caller:
             loop.remove_reader(sock)
             sock.close()
         self._listening.clear()
+        self._store = None
         for task in list(self._answering):
             task.cancel()
         await asyncio.gather(*self._answering, return_exceptions=True)
@@ -118,7 +134,9 @@ class Caller:
         self._numbers += 1
         return self._numbers
 
-    def _hello(self, number: int, wants: WorkerId | None = None, token: bytes = b"") -> Hello:
+    def _hello(
+        self, number: int, transport: str, wants: WorkerId | None = None, token: bytes = b""
+    ) -> Hello:
         return Hello(
             worker=self._worker,
             wants=wants,
@@ -126,7 +144,9 @@ class Caller:
             pool_bytes=self._memory.num_bytes,
             canary_slot=number,
             checksum=self._config.checksum,
+            transport=transport,
             token=token,
+            store=self._store[1] if token and self._store is not None else 0,
         )
 
     async def _met(
@@ -141,8 +161,8 @@ class Caller:
             if sock.family == socket.AF_UNIX:
                 return self._neighbour(number, sock, received)
             data = await self._dial_data(peer, hello.token)
-            self._latest[hello.worker.name] = hello.worker.incarnation
-            return Contact(number=number, hello=hello, sock=sock, rest=received.rest, data=data)
+            host = _host_port(peer.tcp)[0]
+            return await self._joined(number, sock, received, data, hello.token, host)
         finally:
             _drop(received)
 
@@ -157,6 +177,53 @@ class Caller:
             raise
         data.setblocking(True)  # the copier waits in it; the loop never does
         return data
+
+    async def _joined(
+        self,
+        number: int,
+        sock: socket.socket,
+        received: Received,
+        data: socket.socket,
+        token: bytes,
+        store_host: str | None,
+    ) -> Contact:
+        """Both connections stand; where a group carries the payload, meet in it."""
+        hello = received.hello
+        group = None
+        if hello.transport in GROUP:
+            try:
+                group = await self._open_group(hello, token, store_host)
+            except BaseException:
+                data.close()
+                raise
+        self._latest[hello.worker.name] = hello.worker.incarnation
+        return Contact(
+            number=number, hello=hello, sock=sock, rest=received.rest, data=data, group=group
+        )
+
+    async def _open_group(self, hello: Hello, token: bytes, store_host: str | None) -> Group:
+        """`store_host`: where the called one's store is; None on its own side, as rank 0."""
+        from .group import device_of, join_store, open_group
+
+        config = self._config
+
+        def meet() -> Group:
+            if store_host is None:
+                assert self._store is not None, "listening for groups, it serves a store"
+                store, rank = self._store[0], 0
+            else:
+                store, rank = join_store(store_host, hello.store, config.answer_s), 1
+            return open_group(
+                store,
+                token.hex(),
+                rank,
+                device=device_of(self._memory),
+                host=config.host,
+                open_s=config.answer_s,
+                stall_s=config.lease_s,
+            )
+
+        return await asyncio.to_thread(meet)
 
     def _neighbour(self, number: int, sock: socket.socket, received: Received) -> Contact:
         hello = received.hello
@@ -228,7 +295,8 @@ class Caller:
             if sock.family == socket.AF_UNIX:
                 contact = self._neighbour(number, sock, received)
                 try:
-                    await handshake.say(sock, self._hello(number), self._memory.fd)
+                    agreed = self._hello(number, received.hello.transport)
+                    await handshake.say(sock, agreed, self._memory.fd)
                 except OSError:
                     drop_contact(contact)
                     raise
@@ -245,13 +313,12 @@ class Caller:
         waiting: asyncio.Future[socket.socket] = asyncio.get_running_loop().create_future()
         self._tokens[token] = waiting
         try:
-            await handshake.say(sock, self._hello(number, token=token), None)
+            agreed = self._hello(number, received.hello.transport, token=token)
+            await handshake.say(sock, agreed, None)
             data = await waiting
         finally:
             self._tokens.pop(token, None)
-        hello = received.hello
-        self._latest[hello.worker.name] = hello.worker.incarnation
-        return Contact(number=number, hello=hello, sock=sock, rest=received.rest, data=data)
+        return await self._joined(number, sock, received, data, token, None)
 
     def _check_caller(self, sock: socket.socket, hello: Hello) -> None:
         if sock.family == socket.AF_UNIX and peer_uid(sock) != os.getuid():
@@ -259,6 +326,11 @@ class Caller:
         if hello.wants != self._worker:
             raise PeerRefused(
                 f"this is {self._worker}, not {hello.wants}; look the address up anew"
+            )
+        if hello.transport not in self.ways:
+            raise PeerRefused(
+                f"{self._worker} takes KV by {' or '.join(self.ways)}, not by {hello.transport}; "
+                "set transfer.transport alike on both sides"
             )
         self._check_fit(hello)
 

@@ -10,8 +10,9 @@ from typing import Protocol
 
 from ..engine.layout import KVLayout
 from .layer_clock import LayerClock
+from .lease import Action
 
-WRITE_BYTES = 1 << 20  # layers that are ready together are written together up to this size
+WRITE_BYTES = 1 << 20  # a `piece_bytes` in which an abort waits for less than a millisecond
 
 Run = tuple[int, int, int]  # first block here, first block there, how many
 
@@ -66,13 +67,17 @@ class Writer(Protocol):
     """A transport's way into the peer's pool. `write` blocks and releases the GIL."""
 
     name: str
+    immediate: bool  # has `write_now`
+    piece_bytes: int  # layers that are ready together go together up to this size
 
     @property
     def pending(self) -> bool:
         """Something of `write_now` waits for `flush`."""
         ...
 
-    def write(self, push: Push, layers: range) -> None: ...
+    def write(self, push: Push, layers: range) -> None:
+        """In the copier's thread. Raises OSError when the peer is gone."""
+        ...
 
     def write_now(self, push: Push, layers: range) -> None:
         """On the loop, while the copier is idle, for small pushes. What does not go at
@@ -85,8 +90,25 @@ class Writer(Protocol):
 
     def write_canary(self, slot: int, pattern: bytes) -> None: ...
 
+    def leave(self) -> bool:
+        """The pair is over. True: no block of either pool is touched from now on, even while
+        a `write` is stuck; False: that is known when the copier's thread has ended."""
+        ...
+
     def close(self) -> None:
         """After the copier's end: let go of the peer's pool or socket."""
+        ...
+
+
+class Reader(Protocol):
+    """A transport's way into this worker's pool, for those whose receiver writes. On the loop."""
+
+    def read(self, now_s: float) -> list[Action]:
+        """The data connection is readable: take some. Raises MalformedFrame, OSError."""
+        ...
+
+    def close(self) -> None:
+        """The pair is over: no block is written from now on."""
         ...
 
 
@@ -179,7 +201,7 @@ class Copier:
 
     def _write(self, push: Push, ready: int) -> None:
         """A layer, or several small ones: an abort never waits for more than that."""
-        count = max(1, WRITE_BYTES // (len(push.source) * self._block_bytes))
+        count = max(1, self._writer.piece_bytes // (len(push.source) * self._block_bytes))
         layers = range(push.layer, min(push.layer + count, ready))
         self._writer.write(push, layers)
         push.layer = layers.stop

@@ -9,6 +9,9 @@ from ..engine.errors import InvalidConfig, PhasewiseError, Unavailable
 from ..engine.request import WorkerId
 
 
+TRANSPORTS = ("shm", "tcp", "gloo", "nccl", "cuda_ipc")
+
+
 class Outcome(enum.StrEnum):
     """How a lease ended. Every lease ends exactly once on each side."""
 
@@ -35,7 +38,7 @@ class PeerRefused(PhasewiseError):
 class TransferConfig:
     """An endpoint's slice of the cluster file. Times in seconds."""
 
-    transport: str = "auto"  # auto | shm | tcp
+    transport: str = "auto"  # auto, or one of TRANSPORTS
     lease_s: float = 10.0  # a granted lease without progress ends after this
     park_s: float = 60.0  # KV that nobody fetched is dropped after this
     silence_s: float = 1.0  # a connected peer that says nothing this long is lost
@@ -46,10 +49,9 @@ class TransferConfig:
     pace_bytes_per_s: float = 0.0  # of all that this worker sends; 0: as fast as it goes
 
     def __post_init__(self) -> None:
-        if self.transport not in ("auto", "shm", "tcp"):
-            raise InvalidConfig(
-                "transfer.transport", f"unknown {self.transport!r}", "use auto, shm or tcp"
-            )
+        if self.transport not in ("auto", *TRANSPORTS):
+            known = f"use auto or one of {', '.join(TRANSPORTS)}"
+            raise InvalidConfig("transfer.transport", f"unknown {self.transport!r}", known)
         for name in ("lease_s", "park_s", "silence_s", "answer_s"):
             if getattr(self, name) <= 0:
                 raise InvalidConfig(f"transfer.{name}", "must be positive", "give seconds > 0")

@@ -23,7 +23,7 @@ from .events import PeerRefused
 from .memory import PoolMemory
 from .messages import MalformedFrame
 
-PROTOCOL = 1
+PROTOCOL = 2
 CONTROL, DATA = b"PWKC", b"PWKD"
 TOKEN_BYTES = 16
 _MAX_HELLO = 1 << 14
@@ -41,7 +41,9 @@ class Hello:
     pool_bytes: int
     canary_slot: int  # where the peer shall write its canary
     checksum: bool
-    token: bytes = b""
+    transport: str  # what the caller wants, and the called one agrees to
+    token: bytes = b""  # of the data connection
+    store: int = 0  # port of the called one's store, where the transport is a group
 
 
 @dataclass(kw_only=True, slots=True)
@@ -63,7 +65,9 @@ async def say(sock: socket.socket, hello: Hello, fd: int | None, preface: bytes 
         "pool_bytes": hello.pool_bytes,
         "canary_slot": hello.canary_slot,
         "checksum": hello.checksum,
+        "transport": hello.transport,
         "token": hello.token,
+        "store": hello.store,
     }
     frame = _framed(fields)
     if fd is None:
@@ -158,7 +162,9 @@ def _parse(body: bytes) -> Hello:
             pool_bytes=_positive(fields["pool_bytes"]),
             canary_slot=int(fields["canary_slot"]),
             checksum=bool(fields["checksum"]),
+            transport=str(fields["transport"]),
             token=bytes(fields["token"]),
+            store=int(fields["store"]),
         )
     except PeerRefused:
         raise

@@ -20,6 +20,8 @@ class PoolMemory:
     The mapping lives as long as something views it.
     """
 
+    device = "cpu"
+
     def __init__(self, num_bytes: int, *, prefault: bool = False) -> None:
         """`prefault` touches every page now, so that the first transfer does not pay for it."""
         fd = os.memfd_create("phasewise-kv", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
@@ -54,6 +56,12 @@ class PoolMemory:
         self._whole = memoryview(self._map)
         self.buffer = self._whole[:num_bytes]
         self.address = ctypes.addressof(ctypes.c_char.from_buffer(self._map))
+
+    def holds_canary(self, slot: int, pattern: bytes) -> bool:
+        return self.canary(slot) == pattern
+
+    def put_canary(self, slot: int, pattern: bytes) -> None:
+        self.canary(slot)[: len(pattern)] = pattern
 
     def canary(self, slot: int) -> memoryview:
         """One canary slot, `CANARY_SLOT_BYTES` long."""

@@ -75,7 +75,8 @@ class Outgoing:
         num_layers = self._layout.num_layers
         entry.num_bytes += count * num_layers * self._layout.block_bytes
         computed = clock.done >= num_layers
-        if not (self._is_small(entry) and computed and pair.copier.idle):
+        at_once = computed and pair.copier.idle and pair.writer.immediate
+        if not (self._is_small(entry) and at_once):
             pair.copier.submit(push)
             return
         try:

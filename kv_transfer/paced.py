@@ -41,8 +41,11 @@ class Lane:
 class PacedWriter:
     """A `Writer` whose bytes take a lane's time and then really move."""
 
+    immediate = False  # the loop never waits for a lane
+
     def __init__(self, writer: Writer, lane: Lane, block_bytes: int) -> None:
         self.name = writer.name
+        self.piece_bytes = writer.piece_bytes
         self._writer = writer
         self._lane = lane
         self._block_bytes = block_bytes
@@ -56,13 +59,16 @@ class PacedWriter:
         self._writer.write(push, layers)
 
     def write_now(self, push: Push, layers: range) -> None:
-        raise AssertionError("a paced endpoint has small_bytes 0: the loop never writes")
+        raise AssertionError("a paced writer is used in the copier's thread only")
 
     def flush(self) -> None:
         self._writer.flush()
 
     def write_canary(self, slot: int, pattern: bytes) -> None:
         self._writer.write_canary(slot, pattern)
+
+    def leave(self) -> bool:
+        return self._writer.leave()
 
     def close(self) -> None:
         self._writer.close()

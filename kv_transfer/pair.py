@@ -11,10 +11,9 @@ import socket
 from dataclasses import dataclass, field
 
 from ..engine.request import WorkerId
-from .copier import Copier, Writer
+from .copier import Copier, Reader, Writer
 from .handshake import Hello
 from .messages import Message, encode, split
-from .tcp import TcpReader
 
 _READ_BYTES = 1 << 16
 _MAX_OUTBOX = 4 << 20  # a peer that reads nothing while this much gathers is given up
@@ -33,11 +32,11 @@ class Pair:
     number: int
     hello: Hello
     sock: socket.socket  # control
-    data: socket.socket | None  # TCP payload
+    data: socket.socket | None  # TCP payload, or announcements of a group's
     pidfd: int  # -1 over TCP
     writer: Writer
     copier: Copier
-    reader: TcpReader | None
+    reader: Reader | None  # where this side writes what arrives
     pattern: bytes  # of our canary
     heard_s: float
     ready: asyncio.Future[None]
@@ -48,7 +47,8 @@ class Pair:
     expected: bytes | None = None  # the peer's canary, until it is seen
     answered: bool = False  # we saw the peer's
     peer_is_out: bool = False  # its copier left our blocks for good, or it is dead
-    copier_is_out: bool = False  # ours left its blocks
+    copier_is_out: bool = False  # ours touches no block any more
+    copier_ended: bool = False  # and its thread is over
     num_bytes: int = 0
     transfers: int = 0
     failures: int = 0
@@ -109,8 +109,10 @@ class Pair:
         return bool(poll.poll(0))
 
     def release(self) -> None:
-        """Give back sockets and descriptors. The copier's thread has ended."""
-        self.copier.join()
+        """Give back sockets and descriptors. The copier is out; where it waits for a peer that
+        hangs, its thread ends by itself."""
+        if self.copier_ended:
+            self.copier.join()
         self.writer.close()
         self.sock.close()
         if self.pidfd >= 0:

@@ -9,7 +9,7 @@ import struct
 from ctypes import memmove
 
 from ..engine.layout import KVLayout
-from .copier import Push
+from .copier import WRITE_BYTES, Push
 from .memory import PoolMemory
 
 _SO_PEERPIDFD = 77  # Linux 6.5; not in Python's socket module yet
@@ -20,6 +20,8 @@ class ShmWriter:
     """Writes from this worker's pool into the peer's."""
 
     name = "shm"
+    immediate = True
+    piece_bytes = WRITE_BYTES
     pending = False
 
     def __init__(
@@ -46,11 +48,14 @@ class ShmWriter:
     def flush(self) -> None:
         """Nothing is ever left over."""
 
+    def leave(self) -> bool:
+        return False
+
     def close(self) -> None:
         self._theirs.unmap()
 
     def write_canary(self, slot: int, pattern: bytes) -> None:
-        self._theirs.canary(slot)[: len(pattern)] = pattern
+        self._theirs.put_canary(slot, pattern)
 
 
 def peer_uid(sock: socket.socket) -> int:

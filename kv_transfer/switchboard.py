@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import secrets
 import socket
 from collections import Counter
@@ -17,7 +18,7 @@ from ..engine.layout import KVLayout
 from ..engine.request import TransferAddress, WorkerId
 from .breaker import Breaker
 from .caller import Caller, Contact, drop_contact, host_id
-from .copier import Copier, Writer
+from .copier import Copier, Reader, Writer
 from .events import PeerRefused, PeerUnavailable, TransferConfig
 from .lease import Action
 from .lease_receiver import ReceiverTable
@@ -27,6 +28,7 @@ from .paced import Lane, PacedWriter
 from .pair import Life, Pair
 from .shm import ShmWriter
 from .tcp import TcpReader, TcpWriter
+from .ways import ways_to
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,8 +137,12 @@ class Switchboard:
             self._loop.remove_reader(pair.data)
             with contextlib.suppress(OSError):
                 pair.data.shutdown(socket.SHUT_RDWR)
+        if pair.reader is not None:
+            pair.reader.close()
+        pair.copier_is_out = pair.writer.leave()
         pair.copier.close()
         self._notify(Gone(pair, reason))
+        self.settle(pair)
 
     def settle(self, pair: Pair) -> None:
         """Close a dying pair once our copier is out, and the peer's is where it matters."""
@@ -202,21 +208,19 @@ class Switchboard:
         return pair
 
     async def _dial(self, peer: TransferAddress) -> Contact:
-        """By shared memory where both allow it and share a host, else by TCP."""
-        wanted = self._config.transport
-        if wanted != "tcp" and peer.shm and peer.host_id == host_id():
-            try:
-                return await self._caller.dial(peer, "shm")
-            except OSError:
-                if wanted == "shm" or not peer.tcp:
-                    raise
-                self.counters["shm not reachable, tcp used"] += 1
-        if wanted == "shm" or not peer.tcp:
+        """By the best transport that both allow and that reaches the peer."""
+        ways = ways_to(peer, self._caller.ways, host_id())
+        if not ways:
             raise PeerRefused(
-                f"{peer.worker} offers no transport that {wanted!r} allows; "
+                f"{peer.worker} offers no transport that {self._config.transport!r} allows; "
                 "set transfer.transport alike on both sides"
             )
-        return await self._caller.dial(peer, "tcp")
+        for way, other in itertools.pairwise(ways):
+            try:
+                return await self._caller.dial(peer, way)
+            except OSError:
+                self.counters[f"{way} not reachable, {other} used"] += 1
+        return await self._caller.dial(peer, ways[-1])
 
     def _open(self, contact: Contact) -> Pair:
         for other in list(self.pairs.values()):
@@ -237,17 +241,7 @@ class Switchboard:
         return pair
 
     def _make(self, contact: Contact) -> Pair:
-        reader: TcpReader | None = None
-        writer: Writer
-        if contact.memory is not None:
-            writer = ShmWriter(self._memory, self._layout, contact.memory, contact.hello.layout)
-        else:
-            assert contact.data is not None, "a contact has one way or the other"
-            writer = TcpWriter(self._memory, self._layout, contact.data)
-            reader = TcpReader(
-                contact.data, self._memory, self._layout, self._table, contact.number
-            )
-
+        writer, reader = self._join(contact)
         if self._lane is not None:
             writer = PacedWriter(writer, self._lane, self._layout.block_bytes)
 
@@ -270,6 +264,32 @@ class Switchboard:
         )
         return pair
 
+    def _join(self, contact: Contact) -> tuple[Writer, Reader | None]:
+        """The contact's way out of this pool, and into it where this side writes."""
+        mine, number = (self._memory, self._layout), contact.number
+        if contact.memory is not None:
+            return ShmWriter(*mine, contact.memory, contact.hello.layout), None
+        assert contact.data is not None, "a contact has one way or the other"
+        if contact.group is None:
+            reader = TcpReader(contact.data, *mine, self._table, number)
+            return TcpWriter(*mine, contact.data), reader
+        from .collective import CollectiveReader, CollectiveWriter
+
+        def broke(reason: str) -> None:
+            self.fault(self.pairs[number], reason) if number in self.pairs else None
+
+        reader = CollectiveReader(
+            contact.data,
+            contact.group,
+            *mine,
+            self._table,
+            number,
+            took=lambda actions: self._notify(Took(actions)),
+            broke=broke,
+        )
+        name = contact.hello.transport
+        return CollectiveWriter(name, *mine, contact.group, contact.data), reader
+
     def _prove(self, pair: Pair) -> None:
         """Write a canary where the peer looks for it, and say so."""
         try:
@@ -283,7 +303,7 @@ class Switchboard:
         """Answer the peer's canary once it stands here."""
         if pair.expected is None or pair.answered:
             return
-        if self._memory.canary(pair.number) != pair.expected:
+        if not self._memory.holds_canary(pair.number, pair.expected):
             return
         pair.answered = True
         self.send(pair, Ready(pair.expected))
@@ -360,10 +380,11 @@ class Switchboard:
 
     def _on_copier(self, pair: Pair, what: str, lease: int, checksum: int | None) -> None:
         if what in ("closed", "broken"):
-            pair.copier_is_out = True
+            pair.copier_ended = True
             self.fault(pair, "the data connection broke")
         self._notify(Copied(pair, what, lease, checksum))
-        if pair.copier_is_out:
+        if pair.copier_ended:
+            pair.copier_is_out = True
             self.send(pair, Bye("the pair ended"))
             self.settle(pair)
 

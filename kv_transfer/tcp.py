@@ -11,7 +11,7 @@ import struct
 from dataclasses import dataclass
 
 from ..engine.layout import KVLayout
-from .copier import Push, runs
+from .copier import WRITE_BYTES, Push, runs
 from .lease import Action
 from .lease_receiver import ReceiverTable
 from .memory import CANARY_SLOT_BYTES, PoolMemory
@@ -34,6 +34,8 @@ class TcpWriter:
     """Sends from this worker's pool. The socket is blocking; `shutdown` frees a stuck write."""
 
     name = "tcp"
+    immediate = True
+    piece_bytes = WRITE_BYTES
 
     def __init__(self, mine: PoolMemory, layout: KVLayout, sock: socket.socket) -> None:
         self._buffer = mine.buffer
@@ -60,6 +62,9 @@ class TcpWriter:
     def flush(self) -> None:
         left, self._left = self._left, []
         self._send(left)
+
+    def leave(self) -> bool:
+        return False  # a write under way ends at once, as its socket was shut down
 
     def close(self) -> None:
         self._sock.close()
@@ -149,6 +154,9 @@ class TcpReader:
             if done < wanted:
                 break
         return actions
+
+    def close(self) -> None:
+        """Nothing is read any more: the socket is the writer's."""
 
     def _pieces(self, budget: int) -> list[memoryview]:
         """Where the next bytes go: the frame's rest, then the header after it."""

@@ -11,26 +11,21 @@ import heapq
 from collections import deque
 from dataclasses import dataclass
 from math import ceil, inf, sqrt
-from typing import Protocol
 
-from .distserve_profile import FIRST_STAGE_MS, FIRST_STAGE_MS_PER_TOKEN
+from .distserve_profile import (
+    FIRST_STAGE_MS,
+    FIRST_STAGE_MS_PER_TOKEN,
+    DistServeCoefficients,
+)
 
 UNLIMITED = 10**7  # its default for both token limits
-
-
-class StepMillisecondModel(Protocol):
-    """Times of one stage, without the overhead of the first; `DistServeCoefficients` says how."""
-
-    def prefill_ms(self, tokens: int, squares: int, stages: int) -> float: ...
-    def decode_ms(self, rows: int, context: int, stages: int) -> float: ...
-    def decode_slope_ms(self, rows: int) -> float: ...
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MirrorPhase:
     """One phase's instances. Coefficients already stand for the tensor parallelism."""
 
-    coefficients: StepMillisecondModel
+    coefficients: DistServeCoefficients
     pipeline_parallel: int = 1
     instances: int = 1
     max_tokens: int = UNLIMITED  # a row of max_num_tokens.csv

@@ -85,6 +85,7 @@ class PhaseSearch:
         self._row_costs: dict[tuple[str, int, int], RowCosts] = {}
         self._prefill: dict[tuple[tuple[str, int, int], int], float] = {}
         self._decode: dict[tuple[tuple[str, int, int], int], float] = {}
+        self.colocated: dict[tuple[str, int, int], tuple[float, str]] = {}
         self.simulations = 0
 
     # prefill

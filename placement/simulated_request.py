@@ -32,6 +32,8 @@ class SimulatedSequence(Sequence):
         self.max_total_tokens = request.num_prompt_tokens + request.sampling.max_tokens
         self.num_computed = 0
         self.blocks = []
+        self.block_hashes = []
+        self.cached_tokens = 0
         self.num_preemptions = 0
         self.first_scheduled_s = None
         self.attempt = attempt

@@ -32,7 +32,7 @@ class Transfers:
         self._refused_until_s: dict[tuple[str, SimulatedDecode], float] = {}
 
     def ask(self, attempt: Attempt, now_s: float) -> None:
-        """The prompt's compute starts: get blocks in decode, if that is the mode and there is room."""
+        """The prompt's compute starts: get blocks in decode, unless it pulls or has no room."""
         decode, prefill = attempt.decode, attempt.prefill
         assert decode is not None and prefill is not None
         if self._mode == "pull" or not decode.alive:

@@ -13,7 +13,7 @@ from typing import Any
 from ..engine.errors import InvalidConfig
 from ..engine.routing import POLICIES
 from .agenda import Agenda
-from .deployment import Deployment, Failure, WorkerModel
+from .deployment import Deployment, Failure
 from .simulated_decode import SimulatedDecode
 from .simulated_prefill import SimulatedPrefill
 from .simulated_request import Attempt, Notes, RequestMaker
@@ -229,8 +229,8 @@ class Simulator:
                 self._unhold(attempt)
                 attempt.decode = decode
                 self._hold(attempt, decode)
-            attempt.lane = decode.lane_with_room()
-            attempt.lane.wait_for_room(attempt, now_s)
+            lane = attempt.lane = decode.lane_with_room()
+            lane.wait_for_room(attempt, now_s)
 
     def _hold(self, attempt: Attempt, decode: SimulatedDecode) -> None:
         decode.outstanding_tokens += attempt.num_tokens
@@ -361,8 +361,3 @@ class Simulator:
             )
         if self._live or self._arrived < len(self.notes.arrival_s):
             self.agenda.at(now_s + every_s, self.sample, every_s)
-
-
-def pool_models(deployment: Deployment) -> tuple[WorkerModel, ...]:
-    """Both pools, prefill first."""
-    return (*deployment.prefill, *deployment.decode)

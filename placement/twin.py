@@ -1,20 +1,117 @@
-"""The digital twin of a cluster file: its workers, with step times from a profile or a sheet."""
+"""The digital twin of a cluster file: its workers, with step times from a profile or a sheet.
+
+Nothing is launched. What a paced cluster pretends to be, its twin is.
+"""
 
 from __future__ import annotations
 
-from ..configs.schema import ClusterConfig
-from .deployment import Deployment, Overheads
+from dataclasses import replace
+
+from ..configs.schema import ClusterConfig, DecodeConfig, PrefillConfig
+from ..engine.errors import InvalidConfig
+from .deployment import Deployment, Overheads, WorkerModel, replicas
 from .latency import LatencySource
-from .model_shape import ModelShape
+from .model_shape import DTYPE_BYTES, ModelShape, read_shape
 from .network import Network
+from .paced import paced_bytes_per_s, paced_shape, paced_source
+from .transfer import Link
+
+
+def shape_of_cluster(config: ClusterConfig) -> ModelShape:
+    """Of the model that is served, or pretended, in the dtype it is served in."""
+    if _paced(config):
+        return paced_shape(config.model, config.paced)
+    shape = read_shape(config.model.path)
+    if config.model.dtype == "auto":
+        return shape
+    item = DTYPE_BYTES[config.model.dtype]
+    return replace(shape, kv_item_bytes=item, weight_bytes=item)
 
 
 def twin_of(
     config: ClusterConfig,
-    source: LatencySource,
-    shape: ModelShape,
+    source: LatencySource | None,
     *,
-    network: Network = Network(),
-    overheads: Overheads = Overheads(),
+    network: Network | None = None,
+    overheads: Overheads | None = None,
 ) -> Deployment:
-    """What `phasewise serve` would launch. Raises NoLatency where `source` does not know a shape."""
+    """What `phasewise serve` would launch, as one node.
+
+    `source` may be None for a paced cluster, which names its own. Without `network` KV travels
+    for free, or as fast as a paced cluster says. Raises NoLatency where the step times of a
+    parallelism are not known, and InvalidConfig where none are given.
+    """
+    paced = _paced(config)
+    if paced:
+        source = paced_source(config.model, config.paced)
+    if source is None:
+        raise InvalidConfig(
+            "--profile",
+            "no step times are given",
+            "give --profile FILE, which phasewise profile writes, or --hardware SHEET",
+        )
+    shape = shape_of_cluster(config)
+    if network is None:
+        bytes_per_s = paced_bytes_per_s(config.paced, 1) if paced else 0.0
+        network = Network(local=Link(bytes_per_s=bytes_per_s)) if bytes_per_s else Network()
+    token_bytes = shape.kv_bytes_per_token
+    num_blocks = int(config.kv.memory // (token_bytes * config.kv.block_size))
+    colocated = config.prefill.replicas == 0
+    # A paced worker's steps are those of both phases at once; a real one's are its own.
+    both = paced or config.decode.local_prefill != "never" or colocated
+    return Deployment(
+        prefill=_pool("prefill", config.prefill, source, num_blocks, "prefill"),
+        decode=_pool("decode", config.decode, source, num_blocks, "mixed" if both else "decode"),
+        kv_bytes_per_token=token_bytes,
+        num_layers=shape.num_layers,
+        block_size=config.kv.block_size,
+        max_model_len=_max_model_len(config, shape, num_blocks),
+        network=network,
+        transfer_mode=config.transfer.mode,
+        local_prefill="always" if colocated else config.decode.local_prefill,
+        local_prefill_tokens=config.decode.local_prefill_tokens,
+        policy=config.gateway.policy,
+        ttft_ms=config.slo.ttft_ms,
+        tpot_ms=config.slo.tpot_ms,
+        max_in_flight=config.gateway.max_in_flight,
+        max_failovers=config.gateway.max_failovers,
+        overheads=overheads or Overheads(),
+    )
+
+
+def _pool(
+    role: str,
+    pool: PrefillConfig | DecodeConfig,
+    source: LatencySource,
+    num_blocks: int,
+    phase: str,
+) -> tuple[WorkerModel, ...]:
+    if not pool.replicas:
+        return ()
+    assert phase in ("prefill", "decode", "mixed")
+    size = {"max_batch_size": pool.max_batch_size} if isinstance(pool, DecodeConfig) else {}
+    return replicas(
+        role,
+        pool.replicas,
+        source.phase(phase, pool.tensor_parallel, pool.pipeline_parallel),
+        num_blocks=num_blocks,
+        max_batch_tokens=pool.max_batch_tokens,
+        **size,
+    )
+
+
+def _max_model_len(config: ClusterConfig, shape: ModelShape, num_blocks: int) -> int:
+    """As `serve` resolves 0: the model's own, as far as the KV pool holds one such sequence."""
+    room = num_blocks * config.kv.block_size
+    asked = config.model.max_model_len
+    if not room or asked > room:
+        raise InvalidConfig(
+            "kv.memory",
+            f"holds {room} tokens, less than one sequence of {asked or config.kv.block_size}",
+            "give more memory or lower model.max_model_len",
+        )
+    return asked or min(room, shape.max_positions)
+
+
+def _paced(config: ClusterConfig) -> bool:
+    return config.decode.device == "paced"

@@ -11,6 +11,9 @@ Policy, per step of at most `max_batch_tokens` tokens:
    gets at least a quarter of every step's tokens, and while it waits for blocks nobody
    else is admitted. So overdue prompts finish one after the other, each within
    4 * num_tokens / max_batch_tokens steps of having its blocks, whatever else arrives.
+4. A prompt whose next block is being computed for another one waits for it, unless overdue: a
+   prefix that many prompts share is computed once (`engine.prefix_cache`). What is cached
+   counts as computed in the predicted time, so it shifts the order by deadline as well.
 """
 
 from __future__ import annotations
@@ -25,6 +28,7 @@ from ..engine.batch import Batch, Progress, StepOutput
 from ..engine.blocks import BlockAllocator
 from ..engine.load import SchedulerLoad
 from ..engine.order import AgeLine, DeadlineLine, Waiter
+from ..engine.prefix_cache import PrefixCache
 from ..engine.sequence import Sequence
 from ..engine.step_time import StepTime, features_of, prefill_s
 from ..engine.step_time_online import OnlineStepTime
@@ -63,6 +67,7 @@ class PrefillScheduler:
         """Without `step_time` a request counts as late only once its deadline has passed."""
         assert limits.max_batch_tokens > 0 and limits.max_batch_size > 0, limits
         self._allocator = allocator
+        self.prefix = PrefixCache(allocator)
         self._limits = limits
         self._step_time = step_time
         self._waiters: dict[str, Waiter] = {}  # neither finished nor parked
@@ -140,12 +145,15 @@ class PrefillScheduler:
         progress = Progress()
         for row, (sequence, count) in enumerate(zip(batch.sequences, batch.counts, strict=True)):
             waiter = self._waiters[sequence.id]
+            before = sequence.num_computed
             sequence.num_computed += count
             self._queued_tokens -= count
             self._context_tokens += count
-            if waiter.doomed:
-                self._forget(waiter)
-            elif sequence.num_computed < sequence.num_tokens:
+            if waiter.doomed:  # or the step broke: nothing of it is kept
+                self._forget(waiter, before)
+                continue
+            self.prefix.computed(sequence, before)
+            if sequence.num_computed < sequence.num_tokens:
                 self._queue(waiter, now_s)
             else:
                 self._finish_prompt(waiter, row, output.token_ids[row], progress)
@@ -153,9 +161,7 @@ class PrefillScheduler:
 
     def release(self, sequence_id: str) -> None:
         """Free a parked sequence's blocks: its KV is elsewhere, or nobody wants it any more."""
-        sequence = self._parked.pop(sequence_id)
-        self._allocator.release(sequence.blocks)
-        sequence.blocks = []
+        self.prefix.drop(self._parked.pop(sequence_id))
 
     def observe(self, batch: Batch, measured_s: float) -> None:
         """What the step in flight took; a model of step times that learns is taught."""
@@ -170,6 +176,8 @@ class PrefillScheduler:
             context_tokens=self._context_tokens,
             preemptions=0,
             blocks=self._allocator.counts(),
+            hit_tokens=self.prefix.hit_tokens,
+            asked_tokens=self.prefix.asked_tokens,
         )
 
     def check(self) -> None:
@@ -185,8 +193,8 @@ class PrefillScheduler:
         for waiter in self._waiters.values():
             line = self._started if waiter.sequence.blocks else self._line
             assert waiter.line is line or self._in_flight
-        held = [block for s in [*running, *self._parked.values()] for block in s.blocks]
-        assert len(held) == len(set(held)) == self._allocator.counts().active
+        self._allocator.check_held(s.blocks for s in [*running, *self._parked.values()])
+        self.prefix.check({sequence.id for sequence in running})
 
     def _pick(self, overdue: Waiter | None) -> dict[Waiter, int]:
         """Tokens of each prompt in the next step, the most urgent first."""
@@ -208,9 +216,12 @@ class PrefillScheduler:
                 break
             if waiter is overdue:
                 continue
-            if not waiter.sequence.blocks and (passed > _LOOK_PAST or not self._admit(waiter)):
-                passed += 1
-                continue
+            if not waiter.sequence.blocks:
+                if self.prefix.is_underway(waiter.sequence):
+                    continue
+                if passed > _LOOK_PAST or not self._admit(waiter):
+                    passed += 1
+                    continue
             picked[waiter] = min(left, waiter.sequence.num_uncomputed)
             left -= picked[waiter]
         if left and overdue in picked:
@@ -228,10 +239,10 @@ class PrefillScheduler:
         """Whether the sequence has its blocks, now or already."""
         sequence = waiter.sequence
         if not sequence.blocks:
-            blocks = self._allocator.allocate(self._allocator.blocks_for(sequence.num_tokens))
-            if blocks is None:
+            if not self.prefix.admit(sequence, self.prefix.find(sequence)):
                 return False
-            sequence.blocks = blocks
+            self._queued_tokens -= sequence.num_computed
+            self._context_tokens += sequence.num_computed
             self._num_running += 1
         return True
 
@@ -240,10 +251,13 @@ class PrefillScheduler:
         ttft_s = (request.ttft_ms or self._limits.ttft_ms) / 1e3 or float("inf")
         predicted_s = 0.0
         if self._step_time is not None:
+            num_ready = sequence.num_computed
+            if not sequence.blocks:
+                num_ready = len(self.prefix.find(sequence)) * self._allocator.block_size
             predicted_s = prefill_s(
                 self._step_time,
-                sequence.num_uncomputed,
-                sequence.num_computed,
+                sequence.num_tokens - num_ready,
+                num_ready,
                 self._limits.max_batch_tokens,
             )
         deadline_s = request.arrival_s + ttft_s
@@ -275,7 +289,6 @@ class PrefillScheduler:
         if sequence.blocks:
             self._num_running -= 1
 
-    def _forget(self, waiter: Waiter) -> None:
+    def _forget(self, waiter: Waiter, num_complete: int | None = None) -> None:
         self._leave(waiter)
-        self._allocator.release(waiter.sequence.blocks)
-        waiter.sequence.blocks = []
+        self.prefix.drop(waiter.sequence, num_complete)

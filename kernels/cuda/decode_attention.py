@@ -20,8 +20,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton import next_power_of_2
 
-from .softmax import accumulate, capped_scores
+from .attention_tile import attend_tile, empty_state
 
 NO_WINDOW = 2**31 - 1
 _CHUNK = tl.constexpr(16)  # splits that the join reads at a time
@@ -29,38 +30,24 @@ _CHUNK = tl.constexpr(16)  # splits that the join reads at a time
 
 @triton.jit
 def decode_kernel(
-    out,  # [rows, heads, dim], or float32 [rows, heads, splits, dim] where SPLIT
-    log_sums,  # float32 [rows, heads, splits], log2 of the softmax sums
-    q,
-    kv,
-    scales,  # float32 [blocks, 2, kv_heads] where FP8
-    tables,
-    lengths,
-    q_stride,
-    table_stride,
-    scale,
-    window,
-    num_splits,
-    HEADS: tl.constexpr,
-    KV_HEADS: tl.constexpr,
-    GROUP_PAD: tl.constexpr,
-    DIM: tl.constexpr,
-    DIM_PAD: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr,
-    TILE: tl.constexpr,
-    SOFT_CAP: tl.constexpr,
-    FP8: tl.constexpr,
-    SPLIT: tl.constexpr,
-    WIDE: tl.constexpr,  # products in float32: Triton's interpreter is wrong in bfloat16
-) -> None:
-    row = tl.program_id(2).to(tl.int64)
+    out, log_sums, q, kv, scales, tables, lengths,
+    q_stride, table_stride, scale, window, num_splits,
+    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, GROUP_PAD: tl.constexpr,
+    DIM: tl.constexpr, DIM_PAD: tl.constexpr, BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr,
+    SOFT_CAP: tl.constexpr, FP8: tl.constexpr, SPLIT: tl.constexpr, WIDE: tl.constexpr,
+) -> None:  # fmt: skip
+    """`out` [rows, heads, dim]; where SPLIT, float32 [rows, heads, splits, dim], with the log2 of
+    the softmax sums in `log_sums` [rows, heads, splits]. WIDE: products in float32, because
+    Triton's interpreter is wrong in bfloat16. The rest as in `decode_attention`.
+    """
     kv_head = tl.program_id(0)
     split = tl.program_id(1)
-    GROUP: tl.constexpr = HEADS // KV_HEADS
+    row = tl.program_id(2).to(tl.int64)
     member = tl.arange(0, GROUP_PAD)
     dims = tl.arange(0, DIM_PAD)
-    head = kv_head * GROUP + member
-    cells = (member < GROUP)[:, None] & (dims < DIM)[None, :]
+    head = kv_head * (HEADS // KV_HEADS) + member
+    own = member < HEADS // KV_HEADS
+    cells = own[:, None] & (dims < DIM)[None, :]
     query = tl.load(q + row * q_stride + head[:, None] * DIM + dims[None, :], mask=cells, other=0.0)
     if WIDE:
         query = query.to(tl.float32)
@@ -73,10 +60,7 @@ def decode_kernel(
     low = first_tile + split * per_split
     high = tl.minimum(low + per_split, first_tile + num_tiles)
 
-    maxima = tl.full([GROUP_PAD], float("-inf"), tl.float32)
-    sums = tl.zeros([GROUP_PAD], tl.float32)
-    acc = tl.zeros([GROUP_PAD, DIM_PAD], tl.float32)
-    SIDE: tl.constexpr = KV_HEADS * BLOCK_SIZE * DIM
+    state = empty_state(GROUP_PAD, DIM_PAD)
     table = tables + row * table_stride
     position = low * TILE + tl.arange(0, TILE)
     coming = tl.load(table + position // BLOCK_SIZE, mask=position < length, other=0)
@@ -87,26 +71,17 @@ def decode_kernel(
         seen = (position < length) & (position >= first)
         ahead = position + TILE
         coming = tl.load(table + ahead // BLOCK_SIZE, mask=ahead < length, other=0)
-        line = block * (2 * SIDE) + kv_head * (BLOCK_SIZE * DIM) + position % BLOCK_SIZE * DIM
-        at = line[:, None] + dims[None, :]
-        there = seen[:, None] & (dims < DIM)[None, :]
-        k = tl.load(kv + at, mask=there, other=0.0).to(query.dtype)
-        v = tl.load(kv + SIDE + at, mask=there, other=0.0).to(query.dtype)
-        k_scales = 1.0
-        v_scales = 1.0
-        if FP8:
-            side = scales + block * (2 * KV_HEADS) + kv_head
-            k_scales = tl.load(side, mask=seen, other=0.0)
-            v_scales = tl.load(side + KV_HEADS, mask=seen, other=0.0)
-        scores = capped_scores(query, k, k_scales, scale, SOFT_CAP, FP8)
-        scores = tl.where(seen[None, :], scores, float("-inf"))
-        maxima, sums, acc = accumulate(scores, v, v_scales, maxima, sums, acc, FP8)
+        state = attend_tile(
+            query, state, kv, scales, block, position, seen, seen[None, :], scale, kv_head,
+            KV_HEADS, DIM, DIM_PAD, BLOCK_SIZE, SOFT_CAP, FP8, True,
+        )  # fmt: skip
 
+    maxima, sums, acc = state
     acc = acc / tl.where(sums > 0, sums, 1.0)[:, None]
     line = row * HEADS + head
     if SPLIT:
         line = line * num_splits + split
-        tl.store(log_sums + line, maxima + tl.log2(sums), mask=member < GROUP)
+        tl.store(log_sums + line, maxima + tl.log2(sums), mask=own)
     tl.store(out + line[:, None] * DIM + dims[None, :], acc.to(out.dtype.element_ty), mask=cells)
 
 
@@ -156,7 +131,7 @@ class DecodeTiling:
         of the memory's bandwidth needs to hide the latency. FP8 is widened in registers: more
         warps share that, and a third tile makes up for the smaller ones.
         """
-        tile = 8192 // triton.next_power_of_2(head_dim)
+        tile = 8192 // next_power_of_2(head_dim)
         if fp8:
             return cls(tile=tile, num_warps=8, num_stages=4)
         return cls(tile=tile, num_warps=4, num_stages=3)
@@ -195,54 +170,33 @@ def decode_attention(
     rows, heads, dim = q.shape
     assert q.stride(2) == 1 and q.stride(1) == dim and kv.is_contiguous(), "heads lie side by side"
     _, _, kv_heads, block_size, _ = kv.shape
-    tiling = tiling or DecodeTiling.of(dim, fp8=scales is not None)
-    split = num_splits > 1
+    fp8, split = scales is not None, num_splits > 1
+    tiling = tiling or DecodeTiling.of(dim, fp8=fp8)
     out = torch.empty((rows, heads, dim), dtype=q.dtype, device=q.device)
+    if rows == 0:
+        return out
     parts, log_sums = out, lengths
     if split:
         parts = out.new_empty((rows, heads, num_splits, dim), dtype=torch.float32)
         log_sums = out.new_empty((rows, heads, num_splits), dtype=torch.float32)
-    dim_pad = triton.next_power_of_2(dim)
-    if rows == 0:
-        return out
     decode_kernel[(kv_heads, num_splits, rows)](
-        parts,
-        log_sums,
-        q,
-        kv,
-        kv if scales is None else scales,
-        tables,
-        lengths,
-        q.stride(0),
-        tables.stride(0),
-        scale,
-        window or NO_WINDOW,
-        num_splits,
-        HEADS=heads,
-        KV_HEADS=kv_heads,
-        GROUP_PAD=max(16, triton.next_power_of_2(heads // kv_heads)),
-        DIM=dim,
-        DIM_PAD=dim_pad,
-        BLOCK_SIZE=block_size,
-        TILE=tiling.tile,
-        SOFT_CAP=soft_cap,
-        FP8=scales is not None,
-        SPLIT=split,
+        parts, log_sums, q, kv, scales if fp8 else kv, tables, lengths,
+        q.stride(0), tables.stride(0), scale, window or NO_WINDOW, num_splits,
+        HEADS=heads, KV_HEADS=kv_heads, GROUP_PAD=max(16, next_power_of_2(heads // kv_heads)),
+        DIM=dim, DIM_PAD=next_power_of_2(dim), BLOCK_SIZE=block_size, TILE=tiling.tile,
+        SOFT_CAP=soft_cap, FP8=fp8, SPLIT=split,
         WIDE=q.device.type == "cpu" and q.dtype == torch.bfloat16,
-        num_warps=tiling.num_warps,
-        num_stages=tiling.num_stages,
-        enable_fp_fusion=True,
-    )
+        num_warps=tiling.num_warps, num_stages=tiling.num_stages, enable_fp_fusion=True,
+    )  # fmt: skip
     if split:
-        join_kernel[(rows * heads,)](
-            out,
-            parts,
-            log_sums,
-            num_splits,
-            DIM=dim,
-            DIM_PAD=dim_pad,
-            MAX_SPLITS=max(16, triton.next_power_of_2(num_splits)),
-            num_warps=4,
-            enable_fp_fusion=True,
-        )
+        _join(out, parts, log_sums)
     return out
+
+
+def _join(out: Tensor, parts: Tensor, log_sums: Tensor) -> None:
+    rows, heads, num_splits, dim = parts.shape
+    join_kernel[(rows * heads,)](
+        out, parts, log_sums, num_splits,
+        DIM=dim, DIM_PAD=next_power_of_2(dim), MAX_SPLITS=max(16, next_power_of_2(num_splits)),
+        num_warps=4, enable_fp_fusion=True,
+    )  # fmt: skip

@@ -22,90 +22,43 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .attention_tile import attend_tile, empty_state
 from .decode_attention import NO_WINDOW
 from .ragged import find_row, num_tiles
-from .softmax import accumulate, capped_scores
 
 
 @triton.jit
 def _visit(
-    query,
-    state,
-    tile,
-    at_position,
-    first,
-    kv,
-    scales,
-    table,
-    kv_head,
-    length,
-    scale,
-    window,
-    KV_HEADS: tl.constexpr,
-    DIM: tl.constexpr,
-    DIM_PAD: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr,
-    TILE: tl.constexpr,
-    SOFT_CAP: tl.constexpr,
-    FP8: tl.constexpr,
-    MASKED: tl.constexpr,
-):
+    query, state, tile, at_position, first, kv, scales, table, kv_head, length, scale, window,
+    KV_HEADS: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+    TILE: tl.constexpr, SOFT_CAP: tl.constexpr, FP8: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
     """Fold the keys of one tile into `state`; MASKED where not every query sees all of them."""
-    maxima, sums, acc = state
-    SIDE: tl.constexpr = KV_HEADS * BLOCK_SIZE * DIM
-    dims = tl.arange(0, DIM_PAD)
     position = tile * TILE + tl.arange(0, TILE)
     known = position >= 0
     if MASKED:
         # Blocks that fell out of the window may be gone from the table.
         known = (position < length) & (position > first - window)
     block = tl.load(table + position // BLOCK_SIZE, mask=known, other=0).to(tl.int64)
-    line = block * (2 * SIDE) + kv_head * (BLOCK_SIZE * DIM) + position % BLOCK_SIZE * DIM
-    at = line[:, None] + dims[None, :]
-    there = known[:, None] & (dims < DIM)[None, :]
-    k = tl.load(kv + at, mask=there, other=0.0).to(query.dtype)
-    v = tl.load(kv + SIDE + at, mask=there, other=0.0).to(query.dtype)
-    k_scales = 1.0
-    v_scales = 1.0
-    if FP8:
-        side = scales + block * (2 * KV_HEADS) + kv_head
-        k_scales = tl.load(side, mask=known, other=0.0)
-        v_scales = tl.load(side + KV_HEADS, mask=known, other=0.0)
-    scores = capped_scores(query, k, k_scales, scale, SOFT_CAP, FP8)
-    if MASKED:
-        behind = at_position[:, None] - position[None, :]
-        scores = tl.where((behind >= 0) & (behind < window), scores, float("-inf"))
-    return accumulate(scores, v, v_scales, maxima, sums, acc, FP8)
+    behind = at_position[:, None] - position[None, :]
+    return attend_tile(
+        query, state, kv, scales, block, position, known, (behind >= 0) & (behind < window),
+        scale, kv_head, KV_HEADS, DIM, DIM_PAD, BLOCK_SIZE, SOFT_CAP, FP8, MASKED,
+    )  # fmt: skip
 
 
 @triton.jit
 def prefill_kernel(
-    out,
-    q,
-    kv,
-    scales,  # float32 [blocks, 2, kv_heads] where FP8
-    tables,
-    token_starts,
-    lengths,
-    num_rows,
-    q_stride,
-    out_stride,
-    table_stride,
-    scale,
-    window,
-    HEADS: tl.constexpr,
-    KV_HEADS: tl.constexpr,
-    GROUP_PAD: tl.constexpr,
-    POSITIONS: tl.constexpr,
-    DIM: tl.constexpr,
-    DIM_PAD: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr,
-    TILE: tl.constexpr,
-    SOFT_CAP: tl.constexpr,
-    FP8: tl.constexpr,
-    WINDOWED: tl.constexpr,
-    WIDE: tl.constexpr,  # products in float32: Triton's interpreter is wrong in bfloat16
-) -> None:
+    out, q, kv, scales, tables, token_starts, lengths,
+    num_rows, q_stride, out_stride, table_stride, scale, window,
+    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, GROUP_PAD: tl.constexpr,
+    DIM: tl.constexpr, DIM_PAD: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+    POSITIONS: tl.constexpr, TILE: tl.constexpr,
+    SOFT_CAP: tl.constexpr, FP8: tl.constexpr, WINDOWED: tl.constexpr, WIDE: tl.constexpr,
+) -> None:  # fmt: skip
+    """POSITIONS queries of GROUP_PAD heads a program. WIDE: products in float32, because Triton's
+    interpreter is wrong in bfloat16. The rest as in `prefill_attention`.
+    """
     kv_head = tl.program_id(0)
     number = tl.num_programs(1) - 1 - tl.program_id(1)
     row = find_row(token_starts, num_rows, number, POSITIONS)
@@ -114,14 +67,14 @@ def prefill_kernel(
     start = (number - begin // POSITIONS - row) * POSITIONS
     if start >= count:
         return
-    GROUP: tl.constexpr = HEADS // KV_HEADS
     entry = tl.arange(0, POSITIONS * GROUP_PAD)
     chosen = start + entry // GROUP_PAD
     member = entry % GROUP_PAD
     dims = tl.arange(0, DIM_PAD)
-    cells = ((chosen < count) & (member < GROUP))[:, None] & (dims < DIM)[None, :]
+    own = (chosen < count) & (member < HEADS // KV_HEADS)
+    cells = own[:, None] & (dims < DIM)[None, :]
     token = (begin + chosen).to(tl.int64)
-    column = (kv_head * GROUP + member)[:, None] * DIM + dims[None, :]
+    column = (kv_head * (HEADS // KV_HEADS) + member)[:, None] * DIM + dims[None, :]
     query = tl.load(q + token[:, None] * q_stride + column, mask=cells, other=0.0)
     if WIDE:
         query = query.to(tl.float32)
@@ -130,12 +83,7 @@ def prefill_kernel(
     at_position = length - count + chosen
     first = length - count + start  # the tile's smallest position
     table = tables + row.to(tl.int64) * table_stride
-    SIZE: tl.constexpr = POSITIONS * GROUP_PAD
-    state = (
-        tl.full([SIZE], float("-inf"), tl.float32),
-        tl.zeros([SIZE], tl.float32),
-        tl.zeros([SIZE, DIM_PAD], tl.float32),
-    )
+    state = empty_state(POSITIONS * GROUP_PAD, DIM_PAD)
     low = 0
     if WINDOWED:
         low = tl.maximum(first + 1 - window, 0) // TILE
@@ -152,7 +100,7 @@ def prefill_kernel(
             query, state, tile, at_position, first, kv, scales, table, kv_head, length, scale,
             window, KV_HEADS, DIM, DIM_PAD, BLOCK_SIZE, TILE, SOFT_CAP, FP8, True,
         )  # fmt: skip
-    maxima, sums, acc = state
+    _, sums, acc = state
     acc = acc / tl.where(sums > 0, sums, 1.0)[:, None]
     tl.store(out + token[:, None] * out_stride + column, acc.to(out.dtype.element_ty), mask=cells)
 
@@ -202,37 +150,17 @@ def prefill_attention(
     group_pad = triton.next_power_of_2(heads // kv_heads)
     positions = max(1, tiling.rows // group_pad)
     out = torch.empty((tokens, heads, dim), dtype=q.dtype, device=q.device)
-    num_rows = lengths.shape[0]
+    num_rows, fp8 = lengths.shape[0], scales is not None
     if tokens == 0:
         return out
     prefill_kernel[(kv_heads, num_tiles(tokens, num_rows, positions))](
-        out,
-        q,
-        kv,
-        kv if scales is None else scales,
-        tables,
-        token_starts,
-        lengths,
-        num_rows,
-        q.stride(0),
-        out.stride(0),
-        tables.stride(0),
-        scale,
-        window or NO_WINDOW,
-        HEADS=heads,
-        KV_HEADS=kv_heads,
-        GROUP_PAD=group_pad,
-        POSITIONS=positions,
-        DIM=dim,
-        DIM_PAD=triton.next_power_of_2(dim),
-        BLOCK_SIZE=block_size,
-        TILE=tiling.tile,
-        SOFT_CAP=soft_cap,
-        FP8=scales is not None,
-        WINDOWED=window > 0,
+        out, q, kv, scales if fp8 else kv, tables, token_starts, lengths,
+        num_rows, q.stride(0), out.stride(0), tables.stride(0), scale, window or NO_WINDOW,
+        HEADS=heads, KV_HEADS=kv_heads, GROUP_PAD=group_pad,
+        DIM=dim, DIM_PAD=triton.next_power_of_2(dim), BLOCK_SIZE=block_size,
+        POSITIONS=positions, TILE=tiling.tile,
+        SOFT_CAP=soft_cap, FP8=fp8, WINDOWED=window > 0,
         WIDE=q.device.type == "cpu" and q.dtype == torch.bfloat16,
-        num_warps=tiling.num_warps,
-        num_stages=tiling.num_stages,
-        enable_fp_fusion=True,
-    )
+        num_warps=tiling.num_warps, num_stages=tiling.num_stages, enable_fp_fusion=True,
+    )  # fmt: skip
     return out

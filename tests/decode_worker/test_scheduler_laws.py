@@ -11,6 +11,7 @@ from phasewise.engine.blocks import BlockAllocator
 from phasewise.engine.request import FinishReason, Request, SamplingParams
 from phasewise.engine.sequence import Sequence
 from phasewise.engine.step_time import StepCoefficients
+from phasewise.tests.engine.shadow_pool import ShadowPool
 
 BLOCK_SIZE = 4
 EOS = 2
@@ -26,6 +27,7 @@ class DecodeLaws(RuleBasedStateMachine):
         more_tokens=st.integers(1, 30),
         max_wait_s=st.sampled_from([0.0, 1.0, 50.0]),
         tpot_ms=st.sampled_from([0.0, 15.0, 40.0]),
+        caches=st.booleans(),
     )
     def start(
         self,
@@ -34,6 +36,7 @@ class DecodeLaws(RuleBasedStateMachine):
         more_tokens: int,
         max_wait_s: float,
         tpot_ms: float,
+        caches: bool,
     ) -> None:
         self.limits = DecodeLimits(
             max_batch_size=max_batch_size,
@@ -44,7 +47,8 @@ class DecodeLaws(RuleBasedStateMachine):
             tpot_ms=tpot_ms,
             max_wait_s=max_wait_s,
         )
-        self.allocator = BlockAllocator(num_blocks, BLOCK_SIZE)
+        self.allocator = BlockAllocator(num_blocks, BLOCK_SIZE, prefix_cache=caches)
+        self.shadow = ShadowPool(BLOCK_SIZE)
         self.decode = DecodeScheduler(self.allocator, self.limits, STEP_TIME if tpot_ms else None)
         self.now_s = 0.0
         self.serial = 0
@@ -52,20 +56,27 @@ class DecodeLaws(RuleBasedStateMachine):
         self.had_token: dict[str, int] = {}  # its preemptions when it got its last token
         self.open: dict[str, Sequence] = {}  # in the scheduler's hands
         self.grants: list[tuple[Sequence, list[int]]] = []  # pushes under way
+        self.prefixes: dict[str, list[int]] = {}  # what grants found to be here, by sequence
         self.fetches: list[tuple[Sequence, list[int]]] = []
         self.orphans: list[list[int]] = []  # leased, their sequence aborted
 
-    def make(self, num_tokens: int, max_tokens: int, priority: int) -> Sequence | None:
+    def make(
+        self, num_tokens: int, max_tokens: int, priority: int, own_from: int, cache_salt: str
+    ) -> Sequence | None:
         if not self.decode.fits(num_tokens + max_tokens) or num_tokens + max_tokens > 60:
             return None
         self.serial += 1
         request = Request(
             id=str(self.serial),
-            token_ids=tuple(range(10, 10 + num_tokens)),
+            # Prompts share their first `own_from` tokens.
+            token_ids=tuple(
+                10 + at + (1000 * self.serial if at >= own_from else 0) for at in range(num_tokens)
+            ),
             num_prompt_tokens=num_tokens,
             sampling=SamplingParams(max_tokens=max_tokens, stop_token_ids=(3,)),
             arrival_s=self.now_s,
             priority=priority,
+            cache_salt=cache_salt,
         )
         return Sequence(request)
 
@@ -74,16 +85,26 @@ class DecodeLaws(RuleBasedStateMachine):
         num_tokens=st.integers(1, 40),
         max_tokens=st.integers(2, 20),
         priority=st.integers(0, 1),
+        own_from=st.integers(0, 40),
+        cache_salt=st.sampled_from(["", "", "another"]),
     )
-    def arrive(self, how: str, num_tokens: int, max_tokens: int, priority: int) -> None:
-        sequence = self.make(num_tokens, max_tokens, priority)
+    def arrive(
+        self,
+        how: str,
+        num_tokens: int,
+        max_tokens: int,
+        priority: int,
+        own_from: int,
+        cache_salt: str,
+    ) -> None:
+        sequence = self.make(num_tokens, max_tokens, priority, own_from, cache_salt)
         if sequence is None:
             return
         if how == "add":
             self.open[sequence.id] = sequence
             self.decode.add(sequence, self.now_s)
             return
-        blocks = self.decode.lease(num_tokens) if how == "push" else None
+        blocks = self.grant(sequence) if how == "push" else None
         sequence.append(7)
         if blocks is not None:
             self.grants.append((sequence, blocks))
@@ -91,11 +112,29 @@ class DecodeLaws(RuleBasedStateMachine):
             self.open[sequence.id] = sequence
             self.decode.wait_for_room(sequence, self.now_s)
 
+    def grant(self, sequence: Sequence) -> list[int] | None:
+        """Blocks for a push: all of them, or those behind what is here already."""
+        num_blocks = self.allocator.blocks_for(sequence.num_tokens)
+        if self.allocator.prefixes is None:
+            blocks = self.decode.lease(sequence.num_tokens)
+            assert blocks is None or len(blocks) == num_blocks
+            return blocks
+        hashes = self.decode.prefix.shareable(sequence, sequence.num_tokens)
+        found = self.decode.lease_behind(num_blocks, hashes)
+        if found is None:
+            return None
+        self.prefixes[sequence.id], blocks = found
+        assert len(found[0]) + len(blocks) == num_blocks and blocks
+        self.shadow.spoil(blocks)
+        return blocks
+
     @rule()
     def fetch(self) -> None:
         for sequence, blocks in self.decode.next_fetches(self.now_s):
-            assert len(blocks) == self.allocator.blocks_for(sequence.num_tokens - 1)
+            num_blocks = self.allocator.blocks_for(sequence.num_tokens - 1)
+            assert len(sequence.blocks) + len(blocks) == num_blocks and blocks
             assert sequence.id in self.open
+            self.shadow.spoil(blocks)
             self.fetches.append((sequence, blocks))
 
     @precondition(lambda self: self.grants or self.fetches)
@@ -108,7 +147,9 @@ class DecodeLaws(RuleBasedStateMachine):
         if arrives:
             self.arrived(sequence, blocks)
             return
-        if not pushed:
+        if pushed:
+            self.decode.unhold(self.prefixes.pop(sequence.id, []))
+        else:
             assert self.decode.abort(sequence.id)
             del self.open[sequence.id]
         self.orphans.append(blocks)
@@ -116,6 +157,10 @@ class DecodeLaws(RuleBasedStateMachine):
     def arrived(self, sequence: Sequence, blocks: list[int]) -> None:
         self.open[sequence.id] = sequence
         self.had_token[sequence.id] = sequence.num_preemptions
+        sequence.blocks = self.prefixes.pop(sequence.id, sequence.blocks)
+        num_here = len(sequence.blocks) * BLOCK_SIZE
+        num_tokens = sequence.num_tokens - 1
+        self.shadow.write(sequence, num_here, num_tokens, [*sequence.blocks, *blocks])
         self.decode.resume(sequence, blocks, self.now_s)
 
     @precondition(lambda self: self.orphans)
@@ -153,6 +198,7 @@ class DecodeLaws(RuleBasedStateMachine):
             assert row.id in self.open
             assert start == row.num_computed and 0 < count <= row.num_uncomputed
             assert len(row.blocks) * BLOCK_SIZE >= start + count
+        self.shadow.compute(batch)
         decoding = [self.had_token.get(s.id) == s.num_preemptions for s in batch.sequences]
         assert decoding == sorted(decoding, reverse=True), "decoding rows stand before chunks"
 
@@ -215,7 +261,7 @@ class DecodeLaws(RuleBasedStateMachine):
             if not self.open and self.batch is None:
                 break
         assert not self.open, "someone starves"
-        assert self.allocator.counts().free == self.allocator.num_blocks
+        assert self.allocator.num_available == self.allocator.num_blocks
         load = self.decode.load()
         assert (load.running, load.waiting, load.queued_tokens, load.context_tokens) == (0,) * 4
 

@@ -42,8 +42,9 @@ def instruction(name: str) -> list[str]:
     return re.findall(rf"^{name}\s+(.*)$", joined, flags=re.MULTILINE)
 
 
-def test_every_example_file_loads() -> None:
-    paths = sorted((ROOT / "configs").glob("*.yaml"))
+def test_every_example_of_a_cluster_file_loads() -> None:
+    every = sorted((ROOT / "configs").glob("*.yaml"))
+    paths = [path for path in every if not path.name.startswith(("plan-", "workload-"))]
     assert len(paths) >= 4
     for path in paths:
         assert isinstance(load_cluster(path), ClusterConfig)

@@ -100,13 +100,13 @@ OPT: dict[str, Any] = {
 }
 
 
-def _reference(name: str) -> Any:
+def _reference(name: str, **sizes: Any) -> Any:
     """A random transformers model whose biases and norms are random too."""
     family, changes = MODELS[name]
     base = OPT if family == "OPT" else ROTARY
     if family == "Qwen2":  # has no head_dim of its own
         base = {key: value for key, value in base.items() if key != "head_dim"}
-    config = getattr(transformers, f"{family}Config")(**(base | changes))
+    config = getattr(transformers, f"{family}Config")(**(base | changes | sizes))
     torch.manual_seed(len(name))
     model = getattr(transformers, f"{family}ForCausalLM")(config).eval()
     with torch.no_grad():
@@ -126,9 +126,9 @@ def _forget_lengths(model: Any) -> None:
 class Case:
     """One checkpoint: the reference in memory and its directory."""
 
-    def __init__(self, name: str, directory: Path) -> None:
+    def __init__(self, name: str, directory: Path, **sizes: Any) -> None:
         self.directory = directory
-        self.model = _reference(name)
+        self.model = _reference(name, **sizes)
         self.model.save_pretrained(directory)
         self.prompts = [
             [random.Random(length).randrange(131) for _ in range(length)] for length in LENGTHS

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from phasewise.engine.errors import InvalidConfig
+from phasewise.engine.shard_plan import plan_shards
 from phasewise.engine.spec import load_spec
 from phasewise.engine.weights import ModelWeights, load_weights
 from safetensors.torch import load_file, save_file
@@ -24,7 +25,9 @@ def _model(**changes: Any) -> Any:
 
 
 def _load(directory: Path, dtype: str = "float32") -> ModelWeights:
-    return load_weights(directory, load_spec(directory), dtype, CPU)
+    spec = load_spec(directory)
+    (whole,) = plan_shards(spec)
+    return load_weights(directory, spec, dtype, CPU, whole)
 
 
 def test_fused_tensors_hold_the_parts_in_order(tmp_path: Path) -> None:

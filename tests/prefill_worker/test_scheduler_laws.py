@@ -11,6 +11,7 @@ from phasewise.engine.request import Request, SamplingParams
 from phasewise.engine.sequence import Sequence
 from phasewise.engine.step_time import StepCoefficients
 from phasewise.prefill_worker.scheduler import PrefillLimits, PrefillScheduler
+from phasewise.tests.engine.shadow_pool import ShadowPool
 
 EOS = 2
 STEP_TIME = StepCoefficients(base_s=0.01, new_token_s=0.001)
@@ -23,6 +24,7 @@ class PrefillLaws(RuleBasedStateMachine):
         max_batch_size=st.integers(1, 5),
         max_wait_s=st.sampled_from([0.0, 1.0, 50.0]),
         predicts=st.booleans(),
+        caches=st.booleans(),
     )
     def start(
         self,
@@ -31,6 +33,7 @@ class PrefillLaws(RuleBasedStateMachine):
         max_batch_size: int,
         max_wait_s: float,
         predicts: bool,
+        caches: bool,
     ) -> None:
         self.limits = PrefillLimits(
             max_batch_tokens=max_batch_tokens,
@@ -40,7 +43,8 @@ class PrefillLaws(RuleBasedStateMachine):
             ttft_ms=500,
             max_wait_s=max_wait_s,
         )
-        self.allocator = BlockAllocator(num_blocks, 4)
+        self.allocator = BlockAllocator(num_blocks, 4, prefix_cache=caches)
+        self.shadow = ShadowPool(4)
         step_time = STEP_TIME if predicts else None
         self.prefill = PrefillScheduler(self.allocator, self.limits, step_time)
         self.now_s = 0.0
@@ -55,19 +59,33 @@ class PrefillLaws(RuleBasedStateMachine):
         ttft_ms=st.sampled_from([0, 50, 500, 5000]),
         priority=st.integers(0, 1),
         max_tokens=st.integers(1, 3),
+        own_from=st.integers(0, 60),
+        cache_salt=st.sampled_from(["", "", "another"]),
     )
-    def add(self, num_tokens: int, ttft_ms: int, priority: int, max_tokens: int) -> None:
+    def add(
+        self,
+        num_tokens: int,
+        ttft_ms: int,
+        priority: int,
+        max_tokens: int,
+        own_from: int,
+        cache_salt: str,
+    ) -> None:
         if not self.prefill.fits(num_tokens):
             return
         self.serial += 1
         request = Request(
             id=str(self.serial),
-            token_ids=tuple(range(10, 10 + num_tokens)),
+            # Prompts share their first `own_from` tokens.
+            token_ids=tuple(
+                10 + at + (1000 * self.serial if at >= own_from else 0) for at in range(num_tokens)
+            ),
             num_prompt_tokens=num_tokens,
             sampling=SamplingParams(max_tokens=max_tokens),
             arrival_s=self.now_s,
             ttft_ms=ttft_ms,
             priority=priority,
+            cache_salt=cache_salt,
         )
         self.open[request.id] = Sequence(request)
         self.prefill.add(self.open[request.id], self.now_s)
@@ -105,6 +123,7 @@ class PrefillLaws(RuleBasedStateMachine):
             assert row.id in self.open
             assert start == row.num_computed and 0 < count <= row.num_uncomputed
             assert len(row.blocks) * 4 >= start + count
+        self.shadow.compute(batch)
 
     @precondition(lambda self: self.batch is not None)
     @rule(token_id=st.sampled_from([7, EOS]))
@@ -132,6 +151,7 @@ class PrefillLaws(RuleBasedStateMachine):
             return
         self.prefill.check()
         for sequence in self.parked.values():
+            self.shadow.check(sequence, sequence.num_computed)
             assert len(sequence.blocks) == -(-sequence.num_computed // 4)
 
     def teardown(self) -> None:
@@ -151,7 +171,7 @@ class PrefillLaws(RuleBasedStateMachine):
             if not self.open and self.batch is None:
                 break
         assert not self.open, "someone starves"
-        assert self.allocator.counts().free == self.allocator.num_blocks
+        assert self.allocator.num_available == self.allocator.num_blocks
         load = self.prefill.load()
         assert (load.running, load.waiting, load.queued_tokens, load.context_tokens) == (0,) * 4
 

@@ -16,7 +16,7 @@ from phasewise.cluster.client import Client
 from phasewise.engine.errors import Unavailable
 from phasewise.tests.serving.launched import Launched, all_end
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]  # a busy machine starts slowly
 DIE_S = 10.0
 
 

@@ -115,7 +115,7 @@ def test_fp8_append_quantises_and_grows_a_block_scale(interpreted: Any) -> None:
     kv_heads, dim, size = 2, 80, 4
     tables = torch.tensor([[5, 2, 7], [1, 3, -1], [0, -1, -1]], dtype=torch.int32)
     kv = torch.zeros(8, 2, kv_heads, size, dim).to(torch.float8_e4m3fn)
-    scales = torch.full((8, 2, kv_heads), torch.nan)
+    scales = torch.full((8, 2, kv_heads), 2.0**60)  # of the blocks' former tenants
     expected = (kv.clone(), scales.clone())
     source = normal(16, 2, kv_heads, dim)
     source[3:] *= 1000  # louder than what the block holds by then
@@ -133,10 +133,9 @@ def test_fp8_append_quantises_and_grows_a_block_scale(interpreted: Any) -> None:
         )
         interpreted(append.append_fp8, kv, scales, k, v, *rows, max_count=max(counts))
         reference.append_fp8(*expected, k, v, *rows)
-    assert torch.equal(scales.nan_to_num(-1), expected[1].nan_to_num(-1))
+    assert torch.equal(scales, expected[1])
     assert torch.equal(kv.float(), expected[0].float())
-    whole = reference.dequantise(kv, scales)[[5, 2, 7]].transpose(0, 1).transpose(1, 2)
-    assert whole.flatten(2, 3)[:, :, :10].isfinite().all()
+    assert scales[[5, 2, 7, 1, 0]].max() < 2.0**60
 
 
 def test_what_an_fp8_block_holds_does_not_depend_on_the_steps_it_came_in() -> None:

@@ -1,0 +1,322 @@
+"""KV over a pair's process group: gathered on one side, scattered on the other.
+
+What a frame holds goes ahead on the pair's data connection, as over TCP; its payload goes through
+the group, one gathered buffer a layer (or several layers, where they are small), two in flight.
+The receiver scatters on its loop, a bounded piece at a time: it alone writes its pool, so a
+revoked lease is closed to writers at once. The pools are seen as words of 8 bytes: gathering
+single bytes is six times slower.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import queue
+import socket
+import struct
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..engine.layout import KVLayout
+from .copier import Push
+from .group import Group, GroupBroke, Transfer
+from .lease import Action
+from .lease_receiver import ReceiverTable
+from .memory import CANARY_SLOT_BYTES, PoolMemory
+from .messages import MalformedFrame
+
+BUFFER_BYTES = 8 << 20  # of a staging buffer, unless one block is larger; four a pair at most
+SCATTER_BYTES = 2 << 20  # written in one turn of the loop: under a millisecond
+_IN_FLIGHT = 2
+_MAX_AHEAD = 8  # frames announced and not yet taken; an honest sender has two in flight
+_HEADER = struct.Struct("<IIIIQQII")  # magic, kind, layer, layers, lease, generation, first, count
+_MAGIC = 0x50574B47
+_BLOCKS, _CANARY = 0, 1
+
+
+class CollectiveWriter:
+    """Sends from this worker's pool, in its copier's thread."""
+
+    immediate = False
+    piece_bytes = BUFFER_BYTES
+    pending = False
+
+    def __init__(
+        self, name: str, mine: PoolMemory, layout: KVLayout, group: Group, sock: socket.socket
+    ) -> None:
+        self.name = name
+        self._group, self._sock = group, sock
+        self._words = _Words(mine, layout)
+        self._buffers: list[Tensor | None] = [None] * _IN_FLIGHT
+        self._sending: list[Transfer | None] = [None] * _IN_FLIGHT
+        self._turn = 0
+        self._reading = threading.Lock()  # held while the pool is read
+        self._left = False
+
+    def write(self, push: Push, layers: range) -> None:
+        for part, first, count in _parts(layers, len(push.source), self._words.block_bytes):
+            self._send(push, part, first, count)
+
+    def write_now(self, push: Push, layers: range) -> None:
+        raise AssertionError("a group is written in the copier's thread only")
+
+    def flush(self) -> None:
+        """Nothing to wait for: the receiver counts what arrives before it commits."""
+
+    def leave(self) -> bool:
+        """Read no more of the pool, for good; what is gathered may still be on its way."""
+        with self._reading:
+            self._left = True
+        self._group.abandon()
+        return True
+
+    def close(self) -> None:
+        self._sock.close()
+
+    def write_canary(self, slot: int, pattern: bytes) -> None:
+        header = _HEADER.pack(_MAGIC, _CANARY, 0, 0, 0, 0, slot, len(pattern))
+        self._sock.sendall(header + pattern)
+
+    def _send(self, push: Push, layers: range, first: int, count: int) -> None:
+        slot = self._turn % _IN_FLIGHT
+        self._turn += 1
+        buffer = self._buffer(slot)
+        header = (push.lease, push.generation, push.first + first, count)
+        self._sock.sendall(_HEADER.pack(_MAGIC, _BLOCKS, layers.start, len(layers), *header))
+        source = push.source[first : first + count]
+        with self._reading, self._group.on_stream():
+            if self._left:
+                raise GroupBroke("the pair ended")
+            payload = self._words.gather(layers, source, buffer)
+            self._group.wait_for_device()
+        self._sending[slot] = self._group.send(payload)
+
+    def _buffer(self, slot: int) -> Tensor:
+        """A staging buffer whose last payload has left it."""
+        sending, self._sending[slot] = self._sending[slot], None
+        if sending is not None:
+            sending.wait()
+        buffer = self._buffers[slot]
+        if buffer is None:
+            buffer = self._buffers[slot] = self._words.staging()
+        return buffer
+
+
+@dataclass(kw_only=True, slots=True)
+class _Frame:
+    """Blocks `[first, first + count)` of a lease in `layers`, on their way into a buffer."""
+
+    layers: range
+    lease: int
+    generation: int
+    first: int
+    count: int
+    buffer: Tensor | None = None
+    transfer: Transfer | None = None
+    scattered: int = 0  # layers done
+
+
+class CollectiveReader:
+    """Takes what a peer's CollectiveWriter sends. Lives on the loop, but for a thread that waits.
+
+    `took` is called on the loop with what a scattered frame led to, `broke` when the group is of
+    no more use.
+    """
+
+    def __init__(
+        self,
+        sock: socket.socket,
+        group: Group,
+        memory: PoolMemory,
+        layout: KVLayout,
+        table: ReceiverTable,
+        pair: int,
+        *,
+        took: Callable[[list[Action]], None],
+        broke: Callable[[str], None],
+    ) -> None:
+        self._sock, self._group, self._memory, self._layout = sock, group, memory, layout
+        self._table, self._pair, self._took, self._broke = table, pair, took, broke
+        self._words = _Words(memory, layout)
+        self._loop = asyncio.get_running_loop()
+        self._inbox = bytearray()
+        self._announced: deque[_Frame] = deque()
+        self._landed: deque[_Frame] = deque()
+        self._free: list[Tensor | None] = [None] * _IN_FLIGHT
+        self._closed = False
+        self._coming: queue.SimpleQueue[_Frame | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._wait, name="kv-receiver", daemon=True)
+        self._thread.start()
+
+    def read(self, now_s: float) -> list[Action]:
+        """What was announced; receives for it are posted. Raises MalformedFrame, or OSError
+        when it is over."""
+        try:
+            data = self._sock.recv(1 << 14, socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return []
+        if not data:
+            raise ConnectionResetError("the data connection was closed")
+        self._inbox += data
+        while len(self._inbox) >= _HEADER.size and self._parse():
+            pass
+        self._post()
+        return []
+
+    def close(self) -> None:
+        """No byte is written from now on. The thread ends by itself: at once, or when the
+        receive it waits for has failed; that one writes a staging buffer only."""
+        self._closed = True
+        self._announced.clear()
+        self._landed.clear()
+        self._coming.put(None)
+
+    def _parse(self) -> bool:
+        """Take one header off the inbox, with its canary; False while that is incomplete."""
+        magic, kind, layer, layers, *rest = _HEADER.unpack_from(self._inbox)
+        lease, generation, first, count = rest
+        if magic != _MAGIC or kind not in (_BLOCKS, _CANARY):
+            raise MalformedFrame("the data connection lost its framing")
+        end = _HEADER.size
+        if kind == _CANARY:
+            end += CANARY_SLOT_BYTES
+            if count != CANARY_SLOT_BYTES:
+                raise MalformedFrame("a canary of another size")
+            if len(self._inbox) < end:
+                return False
+            self._memory.put_canary(first, bytes(self._inbox[_HEADER.size : end]))
+        else:
+            if not layers or layer + layers > self._layout.num_layers:
+                raise MalformedFrame(f"a frame of layers {layer} to {layer + layers}")
+            size = layers * count * self._words.block_bytes
+            if not 0 < size <= self._words.staging_bytes:
+                raise MalformedFrame(f"a frame of {size} bytes")
+            if len(self._announced) >= _MAX_AHEAD:
+                raise MalformedFrame(f"{_MAX_AHEAD} frames were announced and not sent")
+            frame = _Frame(
+                layers=range(layer, layer + layers),
+                lease=lease,
+                generation=generation,
+                first=first,
+                count=count,
+            )
+            self._announced.append(frame)
+        del self._inbox[:end]
+        return True
+
+    def _post(self) -> None:
+        """Start receives while there are buffers."""
+        while self._announced and self._free and not self._closed:
+            frame = self._announced.popleft()
+            buffer = self._free.pop()
+            frame.buffer = self._words.staging() if buffer is None else buffer
+            payload = self._words.part(frame.buffer, len(frame.layers), frame.count)
+            frame.transfer = self._group.receive(payload)
+            self._coming.put(frame)
+
+    def _wait(self) -> None:
+        """The thread: one receive after the other, as they were posted."""
+        while (frame := self._coming.get()) is not None and not self._closed:
+            assert frame.transfer is not None, "it was posted"
+            try:
+                frame.transfer.wait()
+            except GroupBroke as error:
+                self._call(self._broke, str(error))
+                return
+            self._call(self._land, frame)
+
+    def _call(self, what: Callable[..., None], argument: object) -> None:
+        try:
+            self._loop.call_soon_threadsafe(what, argument)
+        except RuntimeError:  # the loop was closed without `close`
+            self._closed = True
+
+    def _land(self, frame: _Frame) -> None:
+        self._landed.append(frame)
+        if len(self._landed) == 1:
+            self._scatter()
+
+    def _scatter(self) -> None:
+        """A bounded piece of the oldest frame; the rest in later turns of the loop."""
+        if self._closed or not self._landed:
+            return
+        frame = self._landed[0]
+        start = frame.scattered
+        count = max(1, SCATTER_BYTES // (frame.count * self._words.block_bytes))
+        actions: list[Action] = []
+        for index in range(start, min(start + count, len(frame.layers))):
+            actions += self._scatter_layer(frame, index)
+        frame.scattered = min(start + count, len(frame.layers))
+        if frame.scattered == len(frame.layers):
+            self._landed.popleft()
+            self._free.append(frame.buffer)
+            try:
+                self._post()
+            except GroupBroke as error:
+                self._broke(str(error))
+        if self._landed:
+            self._loop.call_soon(self._scatter)
+        if actions:
+            self._took(actions)
+
+    def _scatter_layer(self, frame: _Frame, index: int) -> list[Action]:
+        """Refused by the lease table: dropped, as the peer may be late in hearing of an end."""
+        lease = (self._pair, frame.lease, frame.generation, frame.layers[index], frame.first)
+        blocks = self._table.begin_write(*lease, frame.count)
+        if blocks is None:
+            return []
+        assert frame.buffer is not None, "it landed in one"
+        payload = self._words.part(frame.buffer, len(frame.layers), frame.count)
+        with self._group.on_stream():
+            self._words.scatter(payload[index], frame.layers[index], blocks)
+            self._group.wait_for_device()
+        return self._table.wrote(*lease, frame.count, self._loop.time())
+
+
+class _Words:
+    """A pool as `[layers, blocks, words]`, and staging buffers for parts of it."""
+
+    def __init__(self, memory: PoolMemory, layout: KVLayout) -> None:
+        self.block_bytes = layout.block_bytes
+        self.staging_bytes = max(BUFFER_BYTES, layout.block_bytes)
+        word = torch.int64 if layout.block_bytes % 8 == 0 else torch.int32
+        flat = torch.from_numpy(np.frombuffer(memory.buffer, np.uint8))
+        self._pool = flat.view(word).view(layout.num_layers, layout.num_blocks, -1)
+
+    def staging(self) -> Tensor:
+        num_words = self.staging_bytes // self._pool.itemsize
+        return torch.empty(num_words, dtype=self._pool.dtype, device=self._pool.device)
+
+    def part(self, buffer: Tensor, layers: int, count: int) -> Tensor:  # [layers, count, words]
+        words = self._pool.shape[2]
+        return buffer[: layers * count * words].view(layers, count, words)
+
+    def gather(self, layers: range, blocks: Sequence[int], buffer: Tensor) -> Tensor:
+        """`blocks` of `layers`, dense, in the front of `buffer`."""
+        index = self._index(blocks)
+        payload = self.part(buffer, len(layers), len(blocks))
+        for row, layer in enumerate(layers):
+            torch.index_select(self._pool[layer], 0, index, out=payload[row])
+        return payload
+
+    def scatter(self, payload: Tensor, layer: int, blocks: Sequence[int]) -> None:
+        self._pool[layer].index_copy_(0, self._index(blocks), payload)
+
+    def _index(self, blocks: Sequence[int]) -> Tensor:
+        return torch.tensor(blocks, dtype=torch.int64).to(self._pool.device, non_blocking=True)
+
+
+def _parts(layers: range, count: int, block_bytes: int) -> list[tuple[range, int, int]]:
+    """What goes as one frame each: (layers, first block, how many), none above a buffer."""
+    most = max(1, BUFFER_BYTES // block_bytes)  # blocks
+    if count > most:
+        pieces = [(first, min(most, count - first)) for first in range(0, count, most)]
+        return [(range(layer, layer + 1), *piece) for layer in layers for piece in pieces]
+    step = most // count
+    starts = range(layers.start, layers.stop, step)
+    return [(range(at, min(at + step, layers.stop)), 0, count) for at in starts]

@@ -1,0 +1,234 @@
+"""A placement: two pools of equal workers (or one that does both), and what it costs and carries."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import inf
+
+from ..configs.plan_schema import ObjectiveConfig
+from ..engine.errors import InvalidConfig
+from .inventory import Bundle, Footprint, place
+from .problem import Problem, WorkerShape
+
+LOWER_IS_BETTER = ("gpus", "cost", "power")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pool:
+    """Equal workers."""
+
+    shape: WorkerShape
+    count: int
+
+    @property
+    def gpus(self) -> int:
+        return self.count * self.shape.gpus
+
+    def __str__(self) -> str:
+        return f"{self.count} × {self.shape}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Placement:
+    """`copies` equal units; a unit's pools serve each other only. `prefill` None: colocated.
+
+    Low affinity has a unit a node, so that KV never crosses the network.
+    """
+
+    prefill: Pool | None
+    decode: Pool
+    copies: int = 1
+    local: bool = False  # KV stays inside a node
+    spare: int = 0  # workers of each pool beyond those that carry the rate
+
+    @property
+    def pools(self) -> tuple[Pool, ...]:
+        return (self.decode,) if self.prefill is None else (self.prefill, self.decode)
+
+    @property
+    def kind(self) -> str:
+        if self.prefill is None:
+            return "colocated"
+        return "disaggregated, KV inside nodes" if self.local else "disaggregated"
+
+    @property
+    def gpus(self) -> int:
+        return sum(pool.gpus + self.spare * pool.shape.gpus for pool in self.pools) * self.copies
+
+    @property
+    def cost_per_hour(self) -> float:
+        return self._sum(WorkerShape.cost_per_hour.fget)
+
+    @property
+    def power_w(self) -> float:
+        return self._sum(WorkerShape.power_w.fget)
+
+    def _sum(self, of: object) -> float:
+        assert callable(of)
+        each = [(pool.count + self.spare) * of(pool.shape) for pool in self.pools]
+        return self.copies * sum(each)
+
+    def replicas(self, pool: Pool) -> int:
+        """Workers of a pool in one unit, spares included."""
+        return pool.count + self.spare
+
+    @property
+    def key(self) -> tuple[object, ...]:
+        ours = tuple((pool.shape.key, pool.count) for pool in self.pools)
+        return ours, self.copies, self.local, self.spare
+
+    def __str__(self) -> str:
+        pools = " + ".join(
+            f"{'colocated' if self.prefill is None else role} {pool}"
+            for role, pool in zip(("prefill", "decode")[-len(self.pools) :], self.pools, strict=True)
+        )
+        return f"{self.copies} units of ({pools})" if self.copies > 1 else pools
+
+    def footprints(self) -> list[Footprint]:
+        roles = ("decode",) if self.prefill is None else ("prefill", "decode")
+        return [
+            Footprint(
+                worker=f"{role}-{unit * self.replicas(pool) + i}",
+                machine=pool.shape.machine.name,
+                group=pool.shape.tensor_parallel,
+                stages=pool.shape.pipeline_parallel,
+            )
+            for unit in range(self.copies)
+            for role, pool in zip(roles, self.pools, strict=True)
+            for i in range(self.replicas(pool))
+        ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Judged:
+    """A placement and its goodput, by recurrences or by the simulator."""
+
+    placement: Placement
+    rate_rps: float
+    low_rps: float
+    high_rps: float
+    binds: str  # "ttft" | "tpot" | "network" | ""
+    by: str  # "recurrence" | "simulation"
+
+    @property
+    def per_gpu(self) -> float:
+        return self.rate_rps / self.placement.gpus
+
+    @property
+    def per_dollar(self) -> float:
+        """Requests a dollar."""
+        return self.rate_rps * 3600 / self.placement.cost_per_hour
+
+    @property
+    def per_kwh(self) -> float:
+        """Requests a kilowatt-hour of rated power."""
+        return self.rate_rps * 3.6e6 / self.placement.power_w
+
+
+def score(judged: Judged, objective: ObjectiveConfig, rate_rps: float | None) -> float:
+    """Higher is better; −inf for one that does not carry the rate."""
+    if judged.rate_rps <= 0 or (rate_rps is not None and judged.rate_rps < rate_rps * 0.98):
+        return -inf
+    placement = judged.placement
+    return {
+        "goodput": judged.rate_rps,
+        "goodput_per_gpu": judged.per_gpu,
+        "goodput_per_dollar": judged.per_dollar,
+        "goodput_per_watt": judged.per_kwh,
+        "gpus": -float(placement.gpus),
+        "cost": -placement.cost_per_hour,
+        "power": -placement.power_w,
+    }[objective.goal]
+
+
+def within_budget(placement: Placement, objective: ObjectiveConfig) -> str:
+    """The first budget that is exceeded, as words; "" where all hold."""
+    if objective.max_gpus is not None and placement.gpus > objective.max_gpus:
+        return f"objective.max_gpus {objective.max_gpus}"
+    if (
+        objective.max_cost_per_hour is not None
+        and placement.cost_per_hour > objective.max_cost_per_hour
+    ):
+        return f"objective.max_cost_per_hour {objective.max_cost_per_hour:g}"
+    if objective.max_power_w is not None and placement.power_w > objective.max_power_w:
+        return f"objective.max_power_w {objective.max_power_w:g}"
+    return ""
+
+
+def bundles_of(placement: Placement, problem: Problem) -> tuple[Bundle, ...] | None:
+    """Where every worker lies, or None where they do not fit. Units of low affinity share a node."""
+    across = problem.config.search.tensor_parallel_across_nodes
+    if not placement.local:
+        return place(placement.footprints(), problem.machines, across=across)
+    return _place_units(placement, problem)
+
+
+def _place_units(placement: Placement, problem: Problem) -> tuple[Bundle, ...] | None:
+    """A node holds as many units as fit; a unit of several stages has a node a stage."""
+    machine = placement.decode.shape.machine
+    groups: Sequence[tuple[int, int]] = unit_segments(placement)
+    per_node = machine.gpus_per_node
+    bundles: list[Bundle] = []
+    node, used = 0, 0
+    for unit in range(placement.copies):
+        need = sum(group * count for group, count in groups)
+        stages = 1 if fits_one_node(placement) else placement.decode.shape.pipeline_parallel
+        size = need if stages > 1 else sum(pool_gpus(placement))
+        if used + size > per_node:
+            node, used = node + stages, 0
+        if node + stages > machine.nodes:
+            return None
+        used += size
+        for footprint in placement.footprints():
+            role, _, index = footprint.worker.partition("-")
+            count = placement.replicas(placement.pools[0 if role == "prefill" else -1])
+            if int(index) // count != unit:
+                continue
+            gpus = footprint.group * (1 if stages > 1 else footprint.stages)
+            bundles += [
+                Bundle(worker=footprint.worker, node=f"{machine.name}-{node + stage}", gpus=gpus)
+                for stage in range(stages)
+            ]
+    return tuple(sorted(bundles, key=lambda bundle: (bundle.node, bundle.worker)))
+
+
+def pool_gpus(placement: Placement) -> list[int]:
+    """GPUs of each pool of one unit."""
+    return [placement.replicas(pool) * pool.shape.gpus for pool in placement.pools]
+
+
+def unit_segments(placement: Placement) -> list[tuple[int, int]]:
+    """(GPUs of a group, groups) of one stage of one unit."""
+    return [(pool.shape.tensor_parallel, placement.replicas(pool)) for pool in placement.pools]
+
+
+def fits_one_node(placement: Placement) -> bool:
+    return sum(pool_gpus(placement)) <= placement.decode.shape.machine.gpus_per_node
+
+
+WORDS = re.compile(r"(\d*)([PD])(\d+)x(\d+)")
+
+
+def parse_compare(problem: Problem) -> Placement | None:
+    """The placement that `search.compare` names: "P4x1 D2x2"."""
+    text = problem.config.search.compare
+    if not text:
+        return None
+    pools: dict[str, Pool] = {}
+    for word in text.split():
+        match = WORDS.fullmatch(word)
+        if match is None or match[2] in pools:
+            raise InvalidConfig(
+                "search.compare", f"{word!r} is no pool", 'write it as in "P4x1 D2x2"'
+            )
+        wanted = int(match[3]), int(match[4])
+        found = [s for s in problem.shapes if (s.tensor_parallel, s.pipeline_parallel) == wanted]
+        if not found:
+            known = ", ".join(map(str, problem.shapes))
+            raise InvalidConfig("search.compare", f"{word} is not possible", f"possible: {known}")
+        pools[match[2]] = Pool(shape=found[0], count=int(match[1] or 1))
+    if "D" not in pools:
+        raise InvalidConfig("search.compare", "names no decode pool", 'as in "P4x1 D2x2"')
+    return Placement(prefill=pools.get("P"), decode=pools["D"])

@@ -1,0 +1,173 @@
+"""Goodput of a worker that does both phases by chunked prefill, by recurrence, step by step.
+
+Rows come first, then prompt chunks, as large as the tightest time between tokens allows; the
+earliest first-token deadline first, what is late last. As the live decode scheduler, without
+preemption and routing, which the simulator adds.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from heapq import heappop, heappush
+
+import numpy as np
+
+from ..engine.step_time import StepFeatures
+from .phase_search import PhaseSearch, highest_rate
+from .problem import WorkerShape
+
+SLACK = 0.9  # of the TPOT target that a mixed step may take
+SHORT = 600  # requests: steps are taken one by one here
+
+
+def colocated_rps(phases: PhaseSearch, shape: WorkerShape) -> tuple[float, str]:
+    """Of one worker, and what binds."""
+    known = phases.colocated.get(shape.key)
+    if known is None:
+        known = phases.colocated[shape.key] = _search(phases, shape)
+    return known
+
+
+def _search(phases: PhaseSearch, shape: WorkerShape) -> tuple[float, str]:
+    guess = mean_rps(phases, shape)
+    if guess <= 0:
+        return 0.0, "tpot"
+    missed: dict[float, str] = {}
+
+    def margin(rate_rps: float) -> float:
+        in_time, steady = _outcome(phases, shape, rate_rps)
+        missed[rate_rps] = "ttft" if in_time.mean() < steady.mean() else "tpot"
+        return phases.judge.margin(in_time & steady)
+
+    rate_rps = highest_rate(margin, 0.7 * guess)
+    above = [rate for rate in missed if rate > rate_rps]
+    return rate_rps, missed[min(above)] if above else "tpot"
+
+
+def mean_rps(phases: PhaseSearch, shape: WorkerShape) -> float:
+    """The rate at which a mean mixed step is as long as the TPOT target: no rate above it holds."""
+    workload, search = phases.workload, phases.problem.config.search
+    prompt = float(workload.prompt_tokens.mean())
+    square = float((workload.prompt_tokens.astype(float) ** 2).mean())
+    output = max(1.0, float(workload.output_tokens.mean()) - 1)
+    context = prompt + output / 2
+    step_s = float(phases.judge.tpot_s.max())
+    low, high = 0.0, min(search.max_batch_size, shape.kv_tokens / context) / (output * step_s)
+    for _ in range(25):
+        rate = (low + high) / 2
+        rows = rate * output * step_s
+        features = StepFeatures(
+            new_tokens=round(rate * step_s * prompt),
+            attention=rate * step_s * square / 2,
+            decode_rows=round(rows),
+            decode_context=round(rows * context),
+        )
+        low, high = (rate, high) if shape.mixed.interval_s(features) <= step_s else (low, rate)
+    return low
+
+
+def _outcome(
+    phases: PhaseSearch, shape: WorkerShape, rate_rps: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """Which requests meet TTFT, and which TPOT."""
+    arrival_s = phases.unit_arrival_s / rate_rps
+    first_s, last_s = _Mixed(phases, shape, arrival_s.tolist()).run()
+    in_time = np.array(first_s) - arrival_s <= phases.judge.ttft_s
+    tpot_s = (np.array(last_s) - np.array(first_s)) / phases.later
+    return in_time, tpot_s <= phases.judge.tpot_s
+
+
+class _Mixed:
+    """One worker; a pipeline is taken as one stage as long as its slowest, with all latency."""
+
+    def __init__(self, phases: PhaseSearch, shape: WorkerShape, arrival_s: list[float]) -> None:
+        search = phases.problem.config.search
+        self.prompts, self.outputs = phases.prompts, phases.outputs
+        self.latency = shape.mixed
+        self.arrival_s = arrival_s
+        self.ttft_s, self.tpot_s = phases.judge.ttft_s.tolist(), phases.judge.tpot_s
+        self.kv_tokens = shape.kv_tokens
+        self.max_rows = search.max_batch_size
+        self.budget = search.mixed_batch_tokens
+        self.limit_s = SLACK * float(self.tpot_s.min())
+        self.first_s, self.last_s = list(arrival_s), list(arrival_s)
+        self.fresh: deque[int] = deque()
+        self.late: deque[int] = deque()
+        self.done = [0] * len(arrival_s)  # prompt tokens computed
+        self.ends: list[tuple[int, int]] = []
+        self.step = self.context = self.held = 0
+
+    def run(self) -> tuple[list[float], list[float]]:
+        now_s, next_one, total = 0.0, 0, len(self.arrival_s)
+        while next_one < total or self.fresh or self.late or self.ends:
+            if not (self.fresh or self.late or self.ends):
+                now_s = max(now_s, self.arrival_s[next_one])
+            while next_one < total and self.arrival_s[next_one] <= now_s:
+                self.fresh.append(next_one)
+                next_one += 1
+            chunks = self._chunks(now_s)
+            features = self._features(chunks)
+            now_s += self.latency.total_s(features)
+            self._advance(chunks, now_s)
+        return self.first_s, self.last_s
+
+    def _features(self, chunks: list[tuple[int, int]]) -> StepFeatures:
+        new = sum(count for _, count in chunks)
+        attention = sum(count * (self.done[r] + count / 2) for r, count in chunks)
+        return StepFeatures(
+            new_tokens=new,
+            attention=attention,
+            decode_rows=len(self.ends),
+            decode_context=self.context,
+        )
+
+    def _chunks(self, now_s: float) -> list[tuple[int, int]]:
+        while self.fresh and now_s > self.arrival_s[self.fresh[0]] + self.ttft_s[self.fresh[0]]:
+            self.late.append(self.fresh.popleft())
+        left = self._room()
+        chunks: list[tuple[int, int]] = []
+        for request in [*self.fresh, *self.late]:
+            if left < 1 or len(self.ends) + len(chunks) >= self.max_rows:
+                break
+            need = self.prompts[request] + self.outputs[request] // 2
+            if not self.done[request]:
+                if self.held and self.held + need > self.kv_tokens:
+                    break
+                self.held += need
+            count = min(left, self.prompts[request] - self.done[request])
+            chunks.append((request, count))
+            left -= count
+        return chunks
+
+    def _room(self) -> int:
+        """The most prompt tokens whose step keeps within the limit; all of them without rows."""
+        rows = len(self.ends)
+        if not rows or not (self.fresh or self.late):
+            return self.budget
+        low, high = 0, self.budget - rows
+        while high - low > 32:
+            middle = (low + high) // 2
+            features = StepFeatures(middle, middle * middle / 2, rows, self.context)
+            low, high = (
+                (middle, high) if self.latency.total_s(features) <= self.limit_s else (low, middle)
+            )
+        return max(low, 16)
+
+    def _advance(self, chunks: list[tuple[int, int]], now_s: float) -> None:
+        self.step += 1
+        self.context += len(self.ends)
+        while self.ends and self.ends[0][0] == self.step:
+            request = heappop(self.ends)[1]
+            self.last_s[request] = now_s
+            self.context -= self.prompts[request] + self.outputs[request] - 1
+            self.held -= self.prompts[request] + self.outputs[request] // 2
+        for request, count in chunks:
+            self.done[request] += count
+            if self.done[request] == self.prompts[request]:
+                (self.fresh if request in self.fresh else self.late).remove(request)
+                self.first_s[request] = self.last_s[request] = now_s
+                if self.outputs[request] > 1:
+                    heappush(self.ends, (self.step + self.outputs[request] - 1, request))
+                    self.context += self.prompts[request]
+                else:
+                    self.held -= self.prompts[request]

@@ -1,0 +1,289 @@
+"""Which placement is best: DistServe's Algorithms 1 and 2 (OSDI '24, section 4), and colocation.
+
+Phases are searched apart on one stream of requests (`phase_search.py`); pairs are ranked by the
+weaker phase, the best of them run in a row, and the caller has the finalists simulated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from math import ceil
+
+from .candidates import (
+    LOWER_IS_BETTER,
+    Judged,
+    Placement,
+    Pool,
+    bundles_of,
+    fits_one_node,
+    parse_compare,
+    pool_gpus,
+    score,
+    unit_segments,
+    within_budget,
+)
+from .colocated import colocated_rps
+from .inventory import MachineType
+from .phase_search import PhaseSearch
+from .problem import Problem, WorkerShape
+
+ROUGH = 24  # placements that are ranked by their weaker phase and then run in a row
+MOST_WORKERS = 64  # of one pool
+Report = Callable[[str, float], None]  # what is done, and the share of it
+
+
+class Search:
+    """All placements of one problem, ranked."""
+
+    def __init__(self, problem: Problem, report: Report, seed: int = 0) -> None:
+        self.problem = problem
+        self.report = report
+        self.phases = PhaseSearch(problem, seed)
+        self.considered = 0
+
+    def run(self) -> list[Judged]:
+        """Best first, by recurrences. Empty where nothing can carry the rate."""
+        self._measure_phases()
+        rough = self._rough()
+        judged = []
+        for i, placement in enumerate(rough):
+            self.report("pairs", i / len(rough))
+            judged.append(self.judge(placement))
+        self.report("pairs", 1.0)
+        return self.ranked(judged)
+
+    def ranked(self, judged: Iterable[Judged]) -> list[Judged]:
+        """Without those that do not carry the rate. Among equals the more goodput, then margin."""
+        objective, rate_rps = self.problem.config.objective, self.problem.rate_rps
+        scored = [(score(j, objective, rate_rps), j) for j in judged]
+        alive = [(s, j) for s, j in scored if s > float("-inf")]
+        return [j for _, j in sorted(alive, key=lambda pair: (-pair[0], -pair[1].rate_rps))]
+
+    def judge(self, placement: Placement) -> Judged:
+        """By recurrences: both phases in a row, TTFT and TPOT jointly."""
+        prefill, decode = placement.prefill, placement.decode
+        if prefill is None:
+            rate_rps, binds = self._colocated(decode.shape)
+            rate_rps *= decode.count
+        else:
+            rate_rps, binds = self.phases.pair_rps(
+                prefill.shape, prefill.count, decode.shape, decode.count, local=placement.local
+            )
+        rate_rps *= placement.copies
+        return Judged(
+            placement=placement,
+            rate_rps=rate_rps,
+            low_rps=rate_rps,
+            high_rps=rate_rps,
+            binds=binds,
+            by="recurrence",
+        )
+
+    def _measure_phases(self) -> None:
+        shapes = self.problem.shapes
+        for i, shape in enumerate(shapes):
+            self.report("phases", i / len(shapes))
+            self.phases.prefill_rps(shape, 1)
+            self.phases.decode_rps(shape, 1)
+        self.report("phases", 1.0)
+
+    def _rough(self) -> list[Placement]:
+        """The most promising of each kind, so that kinds compete after better judgement."""
+        affinity = self.problem.config.search.affinity
+        kinds: list[list[tuple[float, Placement]]] = []
+        if affinity != "low":
+            kinds.append([*self._anywhere()])
+        if affinity != "high" and self._has_nodes():
+            kinds.append([*self._in_nodes()])
+        chosen: list[Placement] = []
+        for i, kind in enumerate(kinds):
+            self.report("placements", i / len(kinds))
+            self.considered += len(kind)
+            kind.sort(key=lambda pair: -pair[0])
+            chosen += self._distinct(kind, ROUGH // len(kinds))
+        if self.problem.config.search.colocated:
+            alone = sorted(self._alone(), key=lambda pair: -pair[0])
+            self.considered += len(alone)
+            chosen += self._distinct(alone, 3)
+        if (compared := parse_compare(self.problem)) is not None:
+            chosen.append(compared)
+        self.report("placements", 1.0)
+        return chosen
+
+    def _distinct(self, kind: list[tuple[float, Placement]], most: int) -> list[Placement]:
+        """The best that lie on the machines, at most three with one pair of shapes."""
+        chosen: list[Placement] = []
+        seen: dict[tuple[object, ...], int] = {}
+        for value, placement in kind:
+            if value == float("-inf") or len(chosen) == most:
+                break
+            shapes = tuple(pool.shape.key for pool in placement.pools)
+            if seen.get(shapes, 0) < 3 and bundles_of(placement, self.problem) is not None:
+                seen[shapes] = seen.get(shapes, 0) + 1
+                chosen.append(placement)
+        return chosen
+
+    def _value(self, placement: Placement, rate_rps: float) -> float:
+        """The score that a rough goodput would give; −inf beyond a budget."""
+        if within_budget(placement, self.problem.config.objective):
+            return float("-inf")
+        rough = Judged(
+            placement=placement,
+            rate_rps=rate_rps,
+            low_rps=rate_rps,
+            high_rps=rate_rps,
+            binds="",
+            by="recurrence",
+        )
+        return score(rough, self.problem.config.objective, self.problem.rate_rps)
+
+    # Algorithm 1: the pools lie anywhere
+
+    def _anywhere(self) -> Iterable[tuple[float, Placement]]:
+        spare = self.problem.config.objective.spare
+        for prefill in self._useful(self.phases.prefill_rps):
+            for decode in self._useful(self.phases.decode_rps):
+                for n, m in self._counts(prefill, decode):
+                    rate_rps = min(
+                        self.phases.prefill_rps(prefill, n), self.phases.decode_rps(decode, m)
+                    )
+                    placement = Placement(
+                        prefill=Pool(shape=prefill, count=n),
+                        decode=Pool(shape=decode, count=m),
+                        spare=spare,
+                    )
+                    yield self._value(placement, rate_rps), placement
+
+    def _useful(self, goodput: Callable[[WorkerShape, int], float]) -> list[WorkerShape]:
+        """Shapes with a goodput at least a third of the best's a GPU on their machines."""
+        best: dict[str, float] = {}
+        for shape in self.problem.shapes:
+            each = goodput(shape, 1) / shape.gpus
+            best[shape.machine.name] = max(best.get(shape.machine.name, 0.0), each)
+        return [
+            shape
+            for shape in self.problem.shapes
+            if (each := goodput(shape, 1) / shape.gpus) > 0
+            and each >= best[shape.machine.name] / 3
+        ]
+
+    def _counts(self, prefill: WorkerShape, decode: WorkerShape) -> Iterable[tuple[int, int]]:
+        """Counts worth a look: the least that carry the rate, or all that fill the machines."""
+        rate_rps = self.problem.rate_rps
+        if rate_rps is not None:
+            n = self._least(prefill, rate_rps, self.phases.prefill_rps)
+            m = self._least(decode, rate_rps, self.phases.decode_rps)
+            yield from ((n + more, m + other) for more in (0, 1) for other in (0, 1))
+            return
+        spare = self.problem.config.objective.spare
+        for n in range(1, min(MOST_WORKERS, self._room(prefill)) + 1):
+            taken = (n + spare) * prefill.gpus
+            room = self._room(decode, taken if decode.machine is prefill.machine else 0) - spare
+            if decode.machine is not prefill.machine or taken >= self._most_gpus():
+                room = min(room, (self._most_gpus() - taken) // decode.gpus - spare)
+            if room < 1:
+                continue
+            enough = ceil(
+                self.phases.prefill_rps(prefill, n) / (self.phases.decode_rps(decode, 1) + 1e-9)
+            )
+            yield from ((n, m) for m in {room, min(room, enough)})
+
+    def _least(
+        self, shape: WorkerShape, rate_rps: float, goodput: Callable[[WorkerShape, int], float]
+    ) -> int:
+        count = 1
+        while goodput(shape, count) < rate_rps and count < MOST_WORKERS:
+            count += 1
+        return count
+
+    def _room(self, shape: WorkerShape, taken: int = 0) -> int:
+        return (min(shape.machine.gpus, self._most_gpus()) - taken) // shape.gpus
+
+    def _most_gpus(self) -> int:
+        """That the budgets allow of all machines together."""
+        objective = self.problem.config.objective
+        sheets = [machine.hardware for machine in self.problem.machines.values()]
+        most = float(objective.max_gpus or sum(m.gpus for m in self.problem.machines.values()))
+        if objective.max_cost_per_hour is not None:
+            most = min(most, objective.max_cost_per_hour / min(h.price_per_hour for h in sheets))
+        if objective.max_power_w is not None:
+            most = min(most, objective.max_power_w / min(h.power_w for h in sheets))
+        return int(most + 1e-9)
+
+    # Algorithm 2: KV stays inside a node
+
+    def _has_nodes(self) -> bool:
+        """Otherwise both algorithms see the same."""
+        high = self.problem.config.search.affinity != "low"
+        return not high or any(machine.nodes > 1 for machine in self.problem.machines.values())
+
+    def _in_nodes(self) -> Iterable[tuple[float, Placement]]:
+        for machine in self.problem.machines.values():
+            own = [shape for shape in self.problem.shapes if shape.machine is machine]
+            for prefill in own:
+                for decode in own:
+                    yield from self._units(machine, prefill, decode)
+
+    def _units(
+        self, machine: MachineType, prefill: WorkerShape, decode: WorkerShape
+    ) -> Iterable[tuple[float, Placement]]:
+        """Pools that share a node, or stages of the same layers that share one each."""
+        spare = self.problem.config.objective.spare
+        for n in range(1, machine.gpus_per_node + 1):
+            rate = self.phases.prefill_rps(prefill, n)
+            for m in range(1, machine.gpus_per_node + 1):
+                unit = Placement(
+                    prefill=Pool(shape=prefill, count=n),
+                    decode=Pool(shape=decode, count=m),
+                    local=True,
+                    spare=spare,
+                )
+                copies = self._copies(machine, unit)
+                if not copies:
+                    break
+                rate_rps = min(rate, self.phases.decode_rps(decode, m))
+                wanted = self.problem.rate_rps
+                if wanted is not None and rate_rps > 0:
+                    copies = min(copies, ceil(wanted / rate_rps))
+                placement = replace(unit, copies=copies)
+                yield self._value(placement, copies * rate_rps), placement
+
+    def _copies(self, machine: MachineType, unit: Placement) -> int:
+        """How many units the machines and the GPU budget hold."""
+        if fits_one_node(unit):
+            most = machine.nodes * (machine.gpus_per_node // sum(pool_gpus(unit)))
+        else:
+            stages = {pool.shape.pipeline_parallel for pool in unit.pools}
+            segment = sum(group * count for group, count in unit_segments(unit))
+            if len(stages) > 1 or segment > machine.gpus_per_node:
+                return 0
+            most = machine.nodes // stages.pop() * (machine.gpus_per_node // segment)
+        return min(most, self._most_gpus() // unit.gpus)
+
+    # both phases on every worker
+
+    def _alone(self) -> Iterable[tuple[float, Placement]]:
+        spare = self.problem.config.objective.spare
+        for shape in self.problem.shapes:
+            each, _ = self._colocated(shape)
+            if each <= 0:
+                continue
+            most = self._room(shape) - spare
+            wanted = self.problem.rate_rps
+            counts = {most} if wanted is None else {c for c in (0, 1)}
+            for count in counts:
+                if wanted is not None:
+                    count += ceil(wanted / each)
+                if not 1 <= count <= most:
+                    continue
+                placement = Placement(
+                    prefill=None, decode=Pool(shape=shape, count=count), spare=spare
+                )
+                yield self._value(placement, count * each), placement
+
+    def _colocated(self, shape: WorkerShape) -> tuple[float, str]:
+        return colocated_rps(self.phases, shape)
+
+    def lower_is_better(self) -> bool:
+        return self.problem.config.objective.goal in LOWER_IS_BETTER
