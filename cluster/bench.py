@@ -46,6 +46,7 @@ EXAMPLES = """\
   phasewise bench --address 127.0.0.1:50051 --workload configs/workload-chat.yaml \\
       --find-goodput --slo-ttft-ms 200 --slo-tpot-ms 40 --attainment 0.9"""
 
+USUAL_REQUESTS = 4096  # made at once, so that streams of several rates are one, stretched
 MOST_REQUESTS = 100_000
 FEWEST_REQUESTS = 30  # of a trial for goodput
 STATUS_S = 5.0
@@ -86,11 +87,15 @@ class Settings:
 
     def workload(self, rate_rps: float | None, *, fewest: int = 1) -> Workload:
         """One seed's requests at a rate; a shorter stream is the head of a longer one."""
-        most = replace(self.spec, num_requests=MOST_REQUESTS).build(self.seed, rate_rps=rate_rps)
-        if self.num_requests is not None:
-            return most.head(self.num_requests)
-        within = int((most.arrival_s <= self.duration_s).sum())
-        return most.head(max(within, fewest))
+        count = USUAL_REQUESTS
+        while True:
+            made = replace(self.spec, num_requests=count).build(self.seed, rate_rps=rate_rps)
+            wanted = self.num_requests
+            if wanted is None:
+                wanted = max(int((made.arrival_s <= self.duration_s).sum()), fewest)
+            if wanted < count or len(made.arrival_s) < count or count >= MOST_REQUESTS:
+                return made.head(wanted)
+            count *= 8
 
 
 def run(args: argparse.Namespace) -> int:

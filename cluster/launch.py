@@ -32,6 +32,8 @@ from .worker_actor import LaunchError, Refused, Started, WorkerActor
 # Read by Ray when it is imported, and by the processes that it starts.
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_DEDUP_LOGS", "0")
+# Ray runs workers at niceness 15; the step loop is no background job.
+os.environ.setdefault("RAY_worker_niceness", "0")
 
 import ray  # noqa: E402
 from ray.exceptions import RayError, RayTaskError  # noqa: E402

@@ -60,6 +60,8 @@ class WorkerActor:
         assert pool is not None, "a worker has a role"
         for variable in THREAD_VARIABLES if pool.threads else ():
             os.environ[variable] = str(pool.threads)
+        # A thread that waits for the next step must not spin on a core that another worker needs.
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
         threading.Thread(target=_die_with_parent, args=(os.getppid(),), daemon=True).start()
 
     def start(self, host: str | None = None) -> Started | Refused:
