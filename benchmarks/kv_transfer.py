@@ -2,9 +2,9 @@
 
     python benchmarks/kv_transfer.py [--json FILE] [--repeats 5]
 
-A job is 32 layers × 128 scattered blocks of 64 KiB from one pool to another (256 MiB). `shm` and
-`tcp` are this project's endpoints, timed from `push` to the sender's `Ended(committed)`, leases
-and all; `memcpy`, `plain_tcp` and `gloo` are the references of `kv_references`. Engines take
+A job is 32 layers × 128 scattered blocks of 64 KiB from one pool to another (256 MiB). `shm`, `tcp`
+and `gloo` are this project's endpoints, timed from `push` to the sender's `Ended(committed)`,
+leases and all; `memcpy`, `plain_tcp` and `plain_gloo` are the references of `kv_references`. Engines take
 turns within each repeat, ratios are to the same repeat's memcpy, and every transfer is compared
 byte by byte. The last column is one 64 KiB block of one layer, with acknowledgement; there
 `bare_shm` and `bare_tcp` are the transports alone, without leases and event loops.
@@ -46,7 +46,7 @@ LAYOUT = KVLayout(
     num_layers=32, num_blocks=160, num_kv_heads=8, block_size=32, head_dim=64, dtype="float16"
 )
 NUM_BLOCKS = 128
-REFERENCES = {"memcpy": Memcpy, "plain_tcp": PlainTcp, "gloo": Gloo}
+REFERENCES = {"memcpy": Memcpy, "plain_tcp": PlainTcp, "plain_gloo": Gloo}
 OPTIONAL = {"nixl": "nixl", "mooncake": "mooncake"}  # engine: module; measured where installed
 BARE = {"bare_shm": "shm", "bare_tcp": "tcp"}
 Job = tuple[list[int], list[int]]
@@ -198,7 +198,9 @@ async def _serve_endpoint(
     peer: Connection,
     control: Connection,
 ) -> None:
-    config = TransferConfig(transport=transport, silence_s=3600.0, lease_s=3600.0)
+    config = TransferConfig(
+        transport=transport, silence_s=3600.0, lease_s=3600.0, answer_s=TIMEOUT_S
+    )
     endpoint = KVEndpoint(WorkerId(name=role, incarnation=1), layout, memory, config)
     address = await endpoint.start()
     if role == "decode":
@@ -331,7 +333,7 @@ def main() -> None:
         found = importlib.util.find_spec(module) is not None
         why = "has no row here yet" if found else f"module {module!r} is not installed"
         print(f"skipped: {engine}: {why}", file=sys.stderr)
-    engines = [*REFERENCES, "shm", "tcp"]
+    engines = [*REFERENCES, "shm", "tcp", "gloo"]
     seconds = measure_throughput(engines, arguments.repeats)
     block = measure_block([*engines, *BARE], arguments.repeats)
     size = LAYOUT.num_layers * NUM_BLOCKS * LAYOUT.block_bytes

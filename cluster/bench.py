@@ -229,7 +229,7 @@ async def _bench(args: argparse.Namespace) -> int:
         workload = bench.settings.workload(args.rate)
         report = await bench.measure(workload, title=f"{workload.num_requests} requests")
     if args.json:
-        print(as_json({"workload": str(args.workload), **dataclasses.asdict(report)}))
+        print(as_json({**_asked(args, bench.settings), **dataclasses.asdict(report)}))
     else:
         print(to_text(render(report, settings.policy)))
     return EXIT_OK if report.completed else EXIT_RUNTIME
@@ -244,10 +244,21 @@ async def _find(bench: Bench, args: argparse.Namespace) -> int:
 
     goodput = await find_goodput(bench.trial, start_rps=args.rate or 1.0, time_left=time_left)
     if args.json:
-        print(as_json({"workload": str(args.workload), **dataclasses.asdict(goodput)}))
+        print(as_json({**_asked(args, bench.settings), **dataclasses.asdict(goodput)}))
     else:
         print(_goodput_text(goodput, bench.settings.policy))
     return EXIT_OK
+
+
+def _asked(args: argparse.Namespace, settings: Settings) -> dict[str, Any]:
+    """What was offered, beside what came of it."""
+    return {
+        "address": args.address,
+        "workload": str(args.workload),
+        "asked_rps": args.rate,
+        "seed": settings.seed,
+        "slo": dataclasses.asdict(settings.policy),
+    }
 
 
 def _goodput_text(goodput: Goodput, policy: SloPolicy) -> str:

@@ -44,6 +44,7 @@ EXAMPLES = """\
 
 WITHIN_S, QUICK_S = 120.0, 20.0
 FOLDS = 8
+NOISY = 0.1
 PHASES = ("prefill", "decode")
 
 
@@ -193,6 +194,7 @@ class Fit:
     coefficients: dict[str, float]  # seconds a unit
     held_out_median: float  # relative error
     held_out_p90: float
+    noise: float  # half the quartiles' distance over the median, of a point's repeats
 
     def as_json(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in self.__slots__}
@@ -213,7 +215,17 @@ def fit_of(profile: StepProfile, phase: str) -> Fit | None:
         coefficients={name: getattr(plane, name) for name in plane.__slots__},
         held_out_median=float(np.median(errors)),
         held_out_p90=float(np.percentile(errors, 90)),
+        noise=_noise(points),
     )
+
+
+def _noise(points: Sequence[Point]) -> float:
+    """Of the median point: what a quiet machine keeps below a few per cent."""
+    repeats: dict[object, list[float]] = {}
+    for features, seconds in points:
+        repeats.setdefault(features, []).append(seconds)
+    spreads = [np.subtract(*np.percentile(s, (75, 25))) / np.median(s) for s in repeats.values()]
+    return float(np.median(spreads)) / 2
 
 
 def _held_out(grid: Sequence[Point]) -> list[float]:
@@ -227,7 +239,17 @@ def _held_out(grid: Sequence[Point]) -> list[float]:
 def _text(profile: StepProfile, fits: Sequence[Fit], left_out: Sequence[Step], output: Path) -> str:
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("phase")
-    columns = ("points", "step", "new token", "pair", "row", "context token", "error p50", "p90")
+    columns = (
+        "points",
+        "step",
+        "new token",
+        "pair",
+        "row",
+        "context token",
+        "error p50",
+        "p90",
+        "noise",
+    )
     for name in columns:
         table.add_column(name, justify="right")
     for fit in fits:
@@ -237,8 +259,11 @@ def _text(profile: StepProfile, fits: Sequence[Fit], left_out: Sequence[Step], o
             *(f"{seconds * 1e6:.4g} µs" for seconds in fit.coefficients.values()),
             f"{fit.held_out_median:.1%}",
             f"{fit.held_out_p90:.1%}",
+            f"{fit.noise:.1%}",
         )
     words = f"{profile.model}, {profile.dtype}: {profile.origin}\n{to_text(table)}\nwrote {output}"
+    if any(fit.noise > NOISY for fit in fits):
+        words += "\nwarning: repeats differ much: something else ran on this machine meanwhile"
     if left_out:
         words += f"\n{len(left_out)} kinds of steps were too slow for the time and are left out"
     return words

@@ -44,7 +44,7 @@ from .cli import EXIT_OK, add_config_arguments
 EXAMPLES = """\
   phasewise simulate configs/local.yaml --workload trace.csv --profile cpu.json --rate 2
   phasewise simulate configs/gpu-1p1d.yaml --workload chat.yaml --hardware h100 --find-goodput
-  phasewise simulate cluster.yaml --workload chat.yaml --hardware h100 --set decode.replicas=3 --json
+  phasewise simulate cluster.yaml --workload chat.yaml --hardware h100 --rate 40 --json
 """
 SHARES = (0.9, 0.95, 0.99)
 
@@ -167,7 +167,7 @@ def goodputs_of(task: Task, bar: Progress) -> list[Goodput]:
         seeds=task.seeds,
         on_run=lambda seed, rate, passed: bar.update(
             job,
-            description=f"goodput: seed {seed}, {rate:.3g} req/s {'passes' if passed else 'fails'}",
+            description=f"seed {seed}: {rate:.3g} req/s {'passes' if passed else 'fails'}",
         ),
     )
     start_rps = task.spec.build(task.seeds[0]).rate_rps

@@ -123,8 +123,9 @@ class KVConfig:
 class TransferConfig:
     """How KV travels from prefill to decode."""
 
-    transport: Literal["auto", "shm", "tcp"] = "auto"
-    """auto: shared memory where two workers are on one host, TCP elsewhere."""
+    transport: Literal["auto", "shm", "tcp", "gloo", "nccl", "cuda_ipc"] = "auto"
+    """auto: shared memory where two workers are on one host, TCP elsewhere; between GPUs cuda_ipc
+    and nccl. gloo is nccl's code path on CPUs."""
     mode: Literal["auto", "push", "pull"] = "auto"
     """push: decode grants blocks before prefill computes. pull: decode fetches when it has
     room. auto: push while decode has room, else pull."""

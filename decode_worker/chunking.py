@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from math import inf
+
+from ..engine.sequence import Sequence
 from ..engine.step_time import StepFeatures, StepTime
 
 MIN_CHUNK_TOKENS = 16
@@ -63,3 +66,23 @@ class ChunkBudget:
         assert self._step_time is not None
         features = self._features.with_chunk(count, context)
         return self._step_time.batch_s(features) <= self._slack_s
+
+
+def step_budget(
+    rows: list[Sequence],
+    starts: list[int],
+    *,
+    num_tokens: int,
+    tpot_ms: float,
+    step_time: StepTime | None,
+) -> ChunkBudget:
+    """Room for `num_tokens` of chunks beside decoding rows that name no target but `tpot_ms`.
+
+    Each row got a token in the last step, so its slack is its whole time per token.
+    """
+    slack_s = inf
+    if step_time is not None and rows:
+        targets_ms = [row.request.tpot_ms or tpot_ms for row in rows]
+        slack_s = min((ms for ms in targets_ms if ms), default=inf) / 1e3
+    features = StepFeatures(decode_rows=len(rows), decode_context=sum(starts))
+    return ChunkBudget(num_tokens, features, slack_s=slack_s, step_time=step_time)

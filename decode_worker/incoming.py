@@ -1,7 +1,8 @@
 """The KV of prompts on its way in, between a grant and the first decoded token.
 
 Three things meet here in any order: the grant (pushed while prefill computes, or fetched once
-there is room), the KV's commit, and the gateway's word to go on. Runs on the worker's loop.
+there is room), the KV's commit, and the gateway's word to go on. Of a prompt whose beginning is
+here already only the rest is granted. Runs on the worker's loop.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from ..engine.prefix import unpack_hashes
 from ..engine.request import TransferAddress
 from ..engine.sequence import Sequence
 from ..kv_transfer.digest import token_digest
@@ -59,18 +61,24 @@ class Inbox:
         self._committed: dict[int, tuple[Ended, float]] = {}
         self._incoming: dict[int, Incoming] = {}
         self._lease_of: dict[str, int] = {}  # by sequence id
+        self._prefixes: dict[int, list[int]] = {}  # of grants: what was here already, by lease
 
     def __len__(self) -> int:
         return len(self._granted) + len(self._committed) + len(self._incoming)
 
     def asked(self, event: Asked) -> None:
         """A prefill worker starts a prompt: give it blocks if there is room."""
-        blocks = self.scheduler.lease(event.num_blocks * self.block_size)
-        if not self.kv.answer(event, blocks):
-            if blocks is not None:
-                self.scheduler.unlease(blocks)
-        elif blocks is not None:
+        room = self.scheduler.lease_behind(event.num_blocks, unpack_hashes(event.names))
+        if room is None:
+            self.kv.answer(event, None)
+            return
+        here, blocks = room
+        if self.kv.answer(event, blocks, len(here)):
             self._granted.add(event.lease)
+            self._prefixes[event.lease] = here
+        else:
+            self.scheduler.unlease(blocks)
+            self.scheduler.unhold(here)
 
     def resume(
         self, sequence: Sequence, *, lease: int, granted: bool, source: TransferAddress
@@ -91,8 +99,7 @@ class Inbox:
     def refuse(self, lease: int, source: TransferAddress) -> None:
         """Nobody will use this KV: give it up wherever it is."""
         if lease in self._committed:
-            ended, _ = self._committed.pop(lease)
-            self.scheduler.unlease(list(ended.blocks))
+            self._drop_committed(lease)
         elif lease in self._granted:
             self.kv.abort(lease)
         else:
@@ -114,7 +121,9 @@ class Inbox:
                 self._committed[event.lease] = (event, self.clock())
             else:
                 self._admit(incoming.sequence, event, since_s=incoming.since_s)
-        elif incoming is not None:
+            return
+        self._unhold(event.lease)
+        if incoming is not None:
             self._lose(incoming.sequence, f"the KV was {event.outcome}: {event.reason}")
 
     def released(self, event: Released) -> None:
@@ -136,8 +145,16 @@ class Inbox:
         """Drop committed KV that no gateway asked for: its gateway or its request is gone."""
         limit_s = self.clock() - self.orphan_s
         for lease in [key for key, (_, since_s) in self._committed.items() if since_s < limit_s]:
-            ended, _ = self._committed.pop(lease)
-            self.scheduler.unlease(list(ended.blocks))
+            self._drop_committed(lease)
+
+    def _drop_committed(self, lease: int) -> None:
+        ended, _ = self._committed.pop(lease)
+        self.scheduler.unlease(list(ended.blocks))
+        self._unhold(lease)
+
+    def _unhold(self, lease: int) -> None:
+        """The prefix of a push that will not be resumed."""
+        self.scheduler.unhold(self._prefixes.pop(lease, []))
 
     def _expect(self, incoming: Incoming) -> None:
         self._incoming[incoming.lease] = incoming
@@ -150,14 +167,24 @@ class Inbox:
         return incoming
 
     def _admit(self, sequence: Sequence, ended: Ended, *, since_s: float) -> None:
-        if ended.digest != _known_digest(sequence) or ended.num_tokens != sequence.num_tokens - 1:
+        pushed_behind = self._prefixes.pop(ended.lease, [])
+        if self._fault(sequence, ended, pushed_behind):
             self.scheduler.unlease(list(ended.blocks))
+            self.scheduler.unhold(pushed_behind)
             self._lose(sequence, "the KV that came is not this request's")
             return
         now_s = self.clock()
-        sequence.num_computed = ended.num_tokens
+        sequence.blocks = pushed_behind or sequence.blocks
         self.scheduler.resume(sequence, list(ended.blocks), now_s)
         self.news.ready.append((sequence, now_s - since_s))
+
+    def _fault(self, sequence: Sequence, ended: Ended, pushed_behind: list[int]) -> bool:
+        """Whether the KV is of other tokens than the sequence's, or was put behind others'."""
+        if ended.digest != _known_digest(sequence) or ended.num_tokens != sequence.num_tokens - 1:
+            return True
+        prefix = self.scheduler.prefix
+        names = prefix.shareable(sequence, ended.num_tokens)[: len(pushed_behind)]
+        return bool(pushed_behind) and prefix.allocator.lookup(names) != pushed_behind
 
     def _lose(self, sequence: Sequence, reason: str) -> None:
         self.scheduler.abort(sequence.id)
@@ -166,7 +193,8 @@ class Inbox:
     async def _fetch(self, incoming: Incoming, blocks: list[int]) -> None:
         try:
             digest = _known_digest(incoming.sequence)
-            await self.kv.grant(incoming.source, incoming.lease, blocks, digest)
+            skip = len(incoming.sequence.blocks)
+            await self.kv.grant(incoming.source, incoming.lease, blocks, digest, skip)
         except (PeerUnavailable, PeerRefused) as error:
             self._granted.discard(incoming.lease)
             self.scheduler.unlease(blocks)

@@ -24,10 +24,10 @@ from ..engine.load import SchedulerLoad
 from ..engine.order import Waiter
 from ..engine.prefix_cache import PrefixCache
 from ..engine.sequence import Sequence
-from ..engine.step_time import StepFeatures, StepTime, features_of, prefill_s
+from ..engine.step_time import StepTime, features_of, prefill_s
 from ..engine.step_time_online import OnlineStepTime
 from .admission import Admission
-from .chunking import ChunkBudget
+from .chunking import step_budget
 from .running import Ending, Running
 from .steady import advance_steadily, num_steady_steps
 
@@ -344,7 +344,13 @@ class DecodeScheduler:
         self, sequences: list[Sequence], starts: list[int], counts: list[int], now_s: float
     ) -> None:
         """Append chunks to the rows: prompts in progress first, then whoever may come in."""
-        budget = self._chunk_budget(sequences, starts)
+        budget = step_budget(
+            sequences,
+            starts,
+            num_tokens=self._limits.max_batch_tokens - len(sequences),
+            tpot_ms=self._limits.tpot_ms,
+            step_time=self._step_time,
+        )
         for sequence in self._prompts(now_s):
             wanted = sequence.num_uncomputed
             count = budget.cut(wanted, sequence.num_computed)
@@ -356,20 +362,6 @@ class DecodeScheduler:
                 counts.append(count)
             if count < wanted or budget.used_up:
                 break
-
-    def _chunk_budget(self, rows: list[Sequence], starts: list[int]) -> ChunkBudget:
-        """Each row got a token in the last step, so its slack is its whole time per token."""
-        slack_s = _INFINITE
-        if self._step_time is not None and rows:
-            default_ms = self._limits.tpot_ms
-            targets_ms = [row.request.tpot_ms or default_ms for row in rows]
-            slack_s = min((ms for ms in targets_ms if ms), default=_INFINITE) / 1e3
-        return ChunkBudget(
-            self._limits.max_batch_tokens - len(rows),
-            StepFeatures(decode_rows=len(rows), decode_context=sum(starts)),
-            slack_s=slack_s,
-            step_time=self._step_time,
-        )
 
     def _prompts(self, now_s: float) -> Iterator[Sequence]:
         """Sequences to compute, in order. One that comes in does so when it is asked for."""

@@ -177,6 +177,7 @@ class DecodeWorker:
             prefill_s=timings.prefill_s,
             transfer_s=timings.transfer_s,
             preemptions=sequence.num_preemptions,
+            cached_tokens=sequence.cached_tokens,
         )
 
     def _take_arrivals(self) -> None:

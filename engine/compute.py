@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol
 
 from .batch import Batch, StepOutput
+from .errors import RankLost
 from .layout import KVLayout
 from .spec import ModelSpec
 
@@ -40,17 +41,22 @@ class ComputeThread:
     def __init__(self, runner: StepRunner) -> None:
         self.runner = runner
         self.steps = 0
+        self.watched = 0  # steps that began with a `layer_done`: the number of the next such
         self.step_started_s: float | None = None  # a gauge for hung steps
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="compute")
 
     async def run(
         self, batch: Batch, layer_done: Callable[[int], None] | None = None
     ) -> tuple[StepOutput, float]:
-        """The step's output and how long it took in seconds. Raises StepFailed."""
+        """The step's output and how long it took in seconds. Raises StepFailed, and RankLost when
+        the worker cannot go on."""
         loop = asyncio.get_running_loop()
         started_s = self.step_started_s = time.perf_counter()
+        self.watched += layer_done is not None
         try:
             output = await loop.run_in_executor(self._thread, self.runner.run, batch, layer_done)
+        except RankLost:
+            raise
         except Exception as error:  # whatever the model raised ends these rows, not the worker
             log.exception("a step of %d rows failed", batch.num_rows)
             raise StepFailed(f"{type(error).__name__}: {error}") from error

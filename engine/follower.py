@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -28,13 +29,19 @@ class Follower:
         """Compute every step until the leader closes or is lost. Raises RankLost when a rank is.
 
         `clock_of(step)` gives what is called with each layer whose KV of that step is in this
-        rank's pool; steps are counted from 0, on the leader too.
+        rank's pool, for steps whose layers the leader watches too; their numbers are the leader's.
         """
         try:
-            for step, columns in enumerate(self._link.steps()):
-                self.rank.compute(columns, clock_of(step) if clock_of is not None else None)
+            for step, columns in self._link.steps():
+                watched = clock_of is not None and step >= 0
+                self.rank.compute(columns, clock_of(step) if watched else None)
         finally:
             self.close()
+
+    @property
+    def note(self) -> dict[str, Any]:
+        """What else the leader told."""
+        return self._link.message["note"]
 
     def close(self) -> None:
         """End `run` from any thread. Idempotent."""

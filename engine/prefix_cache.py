@@ -40,7 +40,7 @@ class PrefixCache:
 
     def shareable(self, sequence: Sequence, num_tokens: int) -> list[int]:
         """Names of the full blocks before the last of the first `num_tokens` tokens."""
-        return self.hashes(sequence)[: num_tokens // self.allocator.block_size]
+        return self.hashes(sequence)[: (num_tokens - 1) // self.allocator.block_size]
 
     def find(self, sequence: Sequence) -> list[int]:
         """Blocks that hold the beginning of the sequence; not kept until `admit`."""

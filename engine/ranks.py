@@ -22,6 +22,7 @@ from .errors import InvalidConfig, RankLost
 BEAT_S = 0.25
 SILENCE_S = 5.0  # a follower that says nothing this long is lost
 _LENGTH = struct.Struct("<I")
+_STEP = struct.Struct("<q")
 
 
 class RankHost:
@@ -29,9 +30,10 @@ class RankHost:
 
     def __init__(self, host: str = "127.0.0.1") -> None:
         self.host = host
+        self.note: dict[str, Any] = {}  # what else the followers are told
         self._listener = socket.create_server((host, 0))
-        self._secret = secrets.token_hex(8)
-        self.address = f"{host}:{self._listener.getsockname()[1]}/{self._secret}"
+        self.secret = secrets.token_hex(8)
+        self.address = f"{host}:{self._listener.getsockname()[1]}/{self.secret}"
 
     def welcome(self, num_ranks: int, message: dict[str, Any], timeout_s: float) -> Followers:
         """Wait for ranks 1 to `num_ranks - 1` and hand each the message. Raises RankLost."""
@@ -50,7 +52,7 @@ class RankHost:
                 if rank is None or rank in found or not 0 < rank < num_ranks:
                     connection.close()  # no follower of this worker
                 else:
-                    _send(connection, json.dumps(message).encode())
+                    _send(connection, json.dumps(message | {"note": self.note}).encode())
                     found[rank] = connection
         return Followers([found[rank] for rank in sorted(found)])
 
@@ -66,7 +68,7 @@ class RankHost:
         except (OSError, ValueError, KeyError, TypeError):
             return None
         connection.settimeout(None)
-        return rank if secrets.compare_digest(secret, self._secret) else None
+        return rank if secrets.compare_digest(secret, self.secret) else None
 
 
 class Followers:
@@ -93,10 +95,10 @@ class Followers:
                     waiting.discard(index)
             time.sleep(0.005)
 
-    def send(self, columns: Columns) -> None:
-        """The next step, to all. Raises RankLost."""
+    def send(self, step: int, columns: Columns) -> None:
+        """The next step and its number, to all. Raises RankLost."""
         self.check()
-        message = columns.to_bytes()
+        message = _STEP.pack(step) + columns.to_bytes()
         try:
             for connection in self._connections:
                 _send(connection, message)
@@ -148,8 +150,8 @@ class LeaderLink:
         with contextlib.suppress(OSError), self._lock:  # a leader that is gone ends `steps`
             _send(self._connection, json.dumps(answer).encode())
 
-    def steps(self) -> Iterator[Columns]:
-        """Steps to compute, until the leader closes or dies."""
+    def steps(self) -> Iterator[tuple[int, Columns]]:
+        """Steps to compute with their numbers, until the leader closes or dies."""
         while True:
             try:
                 frame = _receive(self._connection)
@@ -157,7 +159,7 @@ class LeaderLink:
                 return
             if frame is None:
                 return
-            yield Columns.from_bytes(frame)
+            yield _STEP.unpack_from(frame)[0], Columns.from_bytes(frame[_STEP.size :])
 
     def close(self) -> None:
         _close([self._connection])

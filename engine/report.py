@@ -29,6 +29,7 @@ class Finished:
     prefill_s: float = 0.0  # prompt computed here: first step to first token
     transfer_s: float = 0.0  # prompt computed elsewhere: from resume until the KV was here
     preemptions: int = 0
+    cached_tokens: int = 0  # prompt computed here: found in the prefix cache
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

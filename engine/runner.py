@@ -52,6 +52,7 @@ class Runner:
         self.max_model_len = max_model_len
         self._sampler = sampler
         self._followers = followers
+        self._watched = 0  # steps whose layers someone watches, numbered for the followers
 
     @property
     def spec(self) -> ModelSpec:
@@ -95,7 +96,8 @@ class Runner:
         """Forward pass over the batch as columns, on every rank."""
         columns = columns_of(batch, sampling, self.layout.block_size)
         if self._followers is not None:
-            self._followers.send(columns)
+            self._followers.send(-1 if layer_done is None else self._watched, columns)
+        self._watched += layer_done is not None
         return self.rank.compute(columns, layer_done)
 
     def check_ranks(self) -> None:

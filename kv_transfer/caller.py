@@ -27,7 +27,7 @@ from .tcp import SOCKET_BUFFER, prepare
 from .ways import GROUP, NEIGHBOUR, ways_of
 
 if TYPE_CHECKING:  # torch comes with the first group only
-    from torch.distributed import Store
+    from torch._C._distributed_c10d import Store
 
     from .group import Group
 

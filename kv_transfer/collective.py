@@ -16,7 +16,7 @@ import struct
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -118,7 +118,7 @@ class _Frame:
     count: int
     buffer: Tensor | None = None
     transfer: Transfer | None = None
-    scattered: int = 0  # layers done
+    pieces: deque[tuple[int, int, int]] = field(default_factory=deque)  # layer's index, blocks
 
 
 class CollectiveReader:
@@ -237,6 +237,10 @@ class CollectiveReader:
             self._closed = True
 
     def _land(self, frame: _Frame) -> None:
+        size, rows = self._words.block_bytes, range(frame.count)
+        most = max(1, SCATTER_BYTES // size)
+        for index in range(len(frame.layers)):
+            frame.pieces += [(index, at, min(most, frame.count - at)) for at in rows[::most]]
         self._landed.append(frame)
         if len(self._landed) == 1:
             self._scatter()
@@ -245,14 +249,13 @@ class CollectiveReader:
         """A bounded piece of the oldest frame; the rest in later turns of the loop."""
         if self._closed or not self._landed:
             return
-        frame = self._landed[0]
-        start = frame.scattered
-        count = max(1, SCATTER_BYTES // (frame.count * self._words.block_bytes))
+        frame, budget = self._landed[0], SCATTER_BYTES
         actions: list[Action] = []
-        for index in range(start, min(start + count, len(frame.layers))):
-            actions += self._scatter_layer(frame, index)
-        frame.scattered = min(start + count, len(frame.layers))
-        if frame.scattered == len(frame.layers):
+        while frame.pieces and budget > 0:
+            index, start, count = frame.pieces.popleft()
+            actions += self._scatter_piece(frame, index, start, count)
+            budget -= count * self._words.block_bytes
+        if not frame.pieces:
             self._landed.popleft()
             self._free.append(frame.buffer)
             try:
@@ -264,18 +267,19 @@ class CollectiveReader:
         if actions:
             self._took(actions)
 
-    def _scatter_layer(self, frame: _Frame, index: int) -> list[Action]:
+    def _scatter_piece(self, frame: _Frame, index: int, start: int, count: int) -> list[Action]:
         """Refused by the lease table: dropped, as the peer may be late in hearing of an end."""
-        lease = (self._pair, frame.lease, frame.generation, frame.layers[index], frame.first)
-        blocks = self._table.begin_write(*lease, frame.count)
+        lease = (self._pair, frame.lease, frame.generation, frame.layers[index])
+        blocks = self._table.begin_write(*lease, frame.first + start, count)
         if blocks is None:
             return []
         assert frame.buffer is not None, "it landed in one"
         payload = self._words.part(frame.buffer, len(frame.layers), frame.count)
         with self._group.on_stream():
-            self._words.scatter(payload[index], frame.layers[index], blocks)
+            rows = payload[index, start : start + count]
+            self._words.scatter(rows, frame.layers[index], blocks)
             self._group.wait_for_device()
-        return self._table.wrote(*lease, frame.count, self._loop.time())
+        return self._table.wrote(*lease, frame.first + start, count, self._loop.time())
 
 
 class _Words:

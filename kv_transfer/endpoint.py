@@ -97,8 +97,11 @@ class KVEndpoint:
 
     # Prefill
 
-    async def ask(self, peer: TransferAddress, lease: int, num_blocks: int) -> bool:
-        """Ask a decode worker for blocks to write.
+    async def ask(
+        self, peer: TransferAddress, lease: int, num_blocks: int, names: bytes = b""
+    ) -> bool:
+        """Ask a decode worker for blocks to write. `names` tell it which of the first it may
+        hold already; `skipped` then says how many it does, and the lease is about the rest.
 
         True: granted, and exactly one Ended follows. False: no room, or no answer within
         `answer_s`; the lease has not begun, and may be parked. Raises as `connect`.
@@ -108,7 +111,9 @@ class KVEndpoint:
         self._asks[lease] = answer
         try:
             now_s = self._loop.time()
-            self._perform(self._senders.ask(pair.number, pair.peer, lease, num_blocks, now_s))
+            self._perform(
+                self._senders.ask(pair.number, pair.peer, lease, num_blocks, now_s, names)
+            )
             async with asyncio.timeout(self._config.answer_s):
                 return await answer
         except asyncio.CancelledError:
@@ -120,6 +125,11 @@ class KVEndpoint:
         finally:
             self._asks.pop(lease, None)
             self._perform(self._senders.withdraw(lease))  # of no effect once answered
+
+    def skipped(self, lease: int) -> int:
+        """Leading blocks of a granted lease that its receiver holds already; never pushed."""
+        entry = self._senders.get(lease)
+        return 0 if entry is None else entry.skip
 
     def push(self, lease: int, blocks: Sequence[int], first: int, ready: LayerClock) -> None:
         """Send `blocks` of this pool as the lease's blocks `[first, first + len(blocks))`.
@@ -156,9 +166,15 @@ class KVEndpoint:
     # Decode
 
     async def grant(
-        self, peer: TransferAddress, lease: int, blocks: Sequence[int], digest: int
+        self,
+        peer: TransferAddress,
+        lease: int,
+        blocks: Sequence[int],
+        digest: int,
+        skip: int = 0,
     ) -> None:
-        """Fetch parked KV into `blocks`. `digest`: `token_digest` of the tokens expected.
+        """Fetch parked KV into `blocks`, all but its first `skip` blocks. `digest`:
+        `token_digest` of all the tokens expected.
 
         Exactly one Ended follows; aborted if the peer does not hold the lease. Raises as
         `connect`, and then the blocks are still the caller's.
@@ -176,11 +192,12 @@ class KVEndpoint:
                 digest,
                 pair.reader is not None,
                 self._loop.time(),
+                skip,
             )
         )
 
-    def answer(self, asked: Asked, blocks: Sequence[int] | None) -> bool:
-        """Grant `asked.num_blocks` blocks, or None for no room.
+    def answer(self, asked: Asked, blocks: Sequence[int] | None, skip: int = 0) -> bool:
+        """Grant `asked.num_blocks - skip` blocks, or None for no room. The first `skip` are here.
 
         True with blocks: they are leased and exactly one Ended follows. False: the asker is
         gone and the blocks are still the caller's.
@@ -191,7 +208,7 @@ class KVEndpoint:
         self._check(blocks or ())
         target = None if blocks is None else tuple(blocks)
         writes_here = pair.reader is not None
-        actions = self._receivers.answer(asked, target, writes_here, self._loop.time())
+        actions = self._receivers.answer(asked, target, writes_here, self._loop.time(), skip)
         self._perform(actions or [])
         return actions is not None
 

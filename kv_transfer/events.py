@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from ..engine.errors import InvalidConfig, PhasewiseError, Unavailable
 from ..engine.request import WorkerId
 
-
 TRANSPORTS = ("shm", "tcp", "gloo", "nccl", "cuda_ipc")
 
 
@@ -66,6 +65,7 @@ class Asked:
     attempt: int  # tells this ask from an earlier one for the same lease
     lease: int
     num_blocks: int
+    names: bytes = b""  # of the first blocks, as the asker gave them
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -14,9 +14,9 @@ from datetime import timedelta
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
-from torch.distributed import ProcessGroup, Store
+from torch._C import _distributed_c10d as c10d
+from torch._C._distributed_c10d import Store
 
 from .memory import PoolMemory
 
@@ -34,7 +34,7 @@ class Group:
     used from prefill to decode only.
     """
 
-    def __init__(self, raw: ProcessGroup, rank: int, device: torch.device, stall_s: float) -> None:
+    def __init__(self, raw: Any, rank: int, device: torch.device, stall_s: float) -> None:
         self.device = device
         self._raw, self._other = raw, 1 - rank
         self._stall = timedelta(seconds=stall_s)
@@ -110,7 +110,7 @@ def device_of(memory: PoolMemory) -> torch.device:
 def join_store(host: str, port: int, timeout_s: float) -> Store:
     """The called side's store. Raises GroupBroke."""
     try:
-        return dist.TCPStore(host, port, is_master=False, timeout=timedelta(seconds=timeout_s))
+        return c10d.TCPStore(host, port, is_master=False, timeout=timedelta(seconds=timeout_s))
     except RuntimeError as error:
         raise GroupBroke(str(error).split("\n")[0]) from error
 
@@ -126,7 +126,7 @@ def open_group(
     stall_s: float,
 ) -> Group:
     """Meet the peer under `epoch`, and exchange a word each way. Blocks; raises GroupBroke."""
-    mine = dist.PrefixStore(epoch, store)
+    mine = c10d.PrefixStore(epoch, store)
     timeout = timedelta(seconds=open_s)
     try:
         if device.type == "cuda":
@@ -139,18 +139,18 @@ def open_group(
     return group
 
 
-def _gloo(store: Store, rank: int, timeout: timedelta, host: str) -> ProcessGroup:
-    options = dist.ProcessGroupGloo._Options()
+def _gloo(store: Store, rank: int, timeout: timedelta, host: str) -> Any:
+    options = c10d.ProcessGroupGloo._Options()  # pyright: ignore[reportAttributeAccessIssue]
     options._timeout = timeout
-    options._devices = [dist.ProcessGroupGloo.create_device(hostname=host)]
-    return dist.ProcessGroupGloo(store, rank, 2, options)
+    options._devices = [c10d.ProcessGroupGloo.create_device(hostname=host)]
+    return c10d.ProcessGroupGloo(store, rank, 2, options)
 
 
-def _nccl(store: Store, rank: int, timeout: timedelta) -> ProcessGroup:
+def _nccl(store: Store, rank: int, timeout: timedelta) -> Any:
     with _no_suicide():
-        options = dist.ProcessGroupNCCL.Options()
+        options = c10d.ProcessGroupNCCL.Options()
         options._timeout = timeout
-        return dist.ProcessGroupNCCL(store, rank, 2, options)
+        return c10d.ProcessGroupNCCL(store, rank, 2, options)
 
 
 @contextlib.contextmanager

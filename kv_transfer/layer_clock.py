@@ -13,9 +13,10 @@ class LayerClock:
     that a sender sleeps instead of polling. `fail` says that no further layer will come.
     """
 
-    __slots__ = ("_bells", "done", "failed", "finished_s")
+    __slots__ = ("_bells", "done", "failed", "finished_s", "step")
 
-    def __init__(self) -> None:
+    def __init__(self, step: int = 0) -> None:
+        self.step = step  # its number, by which the ranks of a worker speak of it
         self.done = 0  # layers whose KV is in the pool
         self.failed = False
         self.finished_s = 0.0  # time.monotonic() at the latest finish

@@ -41,6 +41,7 @@ class Receiving:
     attempt: int = 0
     generation: int = 0
     blocks: tuple[int, ...] = ()
+    skip: int = 0  # blocks before these that were here already
     fetched: bool = False
     digest: int = 0  # of the tokens whose KV was fetched
     writes_here: bool = False  # this process writes the blocks itself (TCP)
@@ -70,7 +71,12 @@ class ReceiverTable:
     # What the worker does
 
     def answer(
-        self, asked: Asked, blocks: tuple[int, ...] | None, writes_here: bool, now_s: float
+        self,
+        asked: Asked,
+        blocks: tuple[int, ...] | None,
+        writes_here: bool,
+        now_s: float,
+        skip: int = 0,
     ) -> list[Action] | None:
         """Settle an ask; None when the asker is gone, and the blocks were not taken."""
         entry = self._leases.get(asked.lease)
@@ -81,7 +87,8 @@ class ReceiverTable:
         if blocks is None:
             del self._leases[asked.lease]
             return [Send(asked.pair, Refuse(asked.lease, entry.attempt))]
-        assert len(blocks) == asked.num_blocks, "a grant is for what was asked"
+        assert skip + len(blocks) == asked.num_blocks, "a grant is for what was asked"
+        entry.skip = skip
         return self._grant(entry, blocks, writes_here, now_s)
 
     def fetch(
@@ -93,11 +100,12 @@ class ReceiverTable:
         digest: int,
         writes_here: bool,
         now_s: float,
+        skip: int = 0,
     ) -> list[Action]:
         """Grant blocks for KV that is parked at the peer."""
         assert lease not in self._leases, "a lease is fetched once at a time"
         entry = Receiving(lease=lease, pair=pair, peer=peer, state=State.ASKED)
-        entry.fetched, entry.digest = True, digest
+        entry.fetched, entry.digest, entry.skip = True, digest, skip
         self._leases[lease] = entry
         return self._grant(entry, blocks, writes_here, now_s)
 
@@ -166,6 +174,7 @@ class ReceiverTable:
                 attempt=message.attempt,
                 lease=message.lease,
                 num_blocks=message.num_blocks,
+                names=message.names,
             )
         if (entry.pair, entry.attempt) == (pair, message.attempt):
             self.refused["ask again"] += 1
@@ -263,7 +272,8 @@ class ReceiverTable:
         entry.writes_here = writes_here
         entry.covered = [0] * self._num_layers if writes_here else None
         entry.begun_s, entry.deadline_s = now_s, now_s + self._lease_s
-        grant = Grant(entry.lease, entry.generation, entry.attempt, pack_blocks(blocks))
+        packed = pack_blocks(blocks)
+        grant = Grant(entry.lease, entry.generation, entry.attempt, packed, entry.skip)
         return [Send(entry.pair, grant)]
 
     def _find(self, pair: int, lease: int, generation: int) -> Receiving | None:

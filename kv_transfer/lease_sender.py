@@ -45,6 +45,7 @@ class Sending:
     attempt: int = 0
     generation: int = 0
     target: tuple[int, ...] = ()  # the receiver's blocks
+    skip: int = 0  # blocks of the KV that the receiver holds already, before the lease's own
     source: list[int] = field(default_factory=list)  # ours, as far as pushed
     num_tokens: int = 0
     digest: int = 0
@@ -76,7 +77,13 @@ class SenderTable:
     # What the worker does
 
     def ask(
-        self, pair: int, peer: WorkerId, lease: int, num_blocks: int, now_s: float
+        self,
+        pair: int,
+        peer: WorkerId,
+        lease: int,
+        num_blocks: int,
+        now_s: float,
+        names: bytes = b"",
     ) -> list[Action]:
         assert lease not in self._leases, "a lease is asked for once at a time"
         self._attempts += 1
@@ -89,7 +96,7 @@ class SenderTable:
             peer=peer,
             attempt=self._attempts,
         )
-        return [Send(pair, Ask(lease, self._attempts, num_blocks))]
+        return [Send(pair, Ask(lease, self._attempts, num_blocks, names))]
 
     def withdraw(self, lease: int) -> list[Action]:
         """The ask is not waited for any longer. The lease has not begun."""
@@ -184,12 +191,15 @@ class SenderTable:
             self.refused["stale grant"] += 1
             return []
         target = unpack_blocks(message.blocks)
-        if entry is None or not _answers(entry, pair, message) or len(target) != entry.num_blocks:
+        num_covered = message.skip + len(target)
+        if entry is None or not _answers(entry, pair, message) or num_covered != entry.num_blocks:
             self.refused["grant of nothing"] += 1
             reason = "not held here" if entry is None else f"not {entry.num_blocks} blocks, or held"
             return [Send(pair, _disown(message.lease, message.generation, reason))]
         was_parked = entry.state is State.PARKED
         entry.pair, entry.peer, entry.target = pair, peer, target
+        entry.num_blocks, entry.skip = len(target), message.skip
+        entry.source = entry.source[message.skip :]
         entry.generation, entry.state = message.generation, State.GRANTED
         entry.begun_s, entry.deadline_s = now_s, now_s + self._lease_s
         return [Start(entry.lease) if was_parked else Answered(entry.lease, True)]

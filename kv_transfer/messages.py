@@ -25,11 +25,14 @@ class LostFraming(MalformedFrame):
 
 @dataclass(frozen=True, slots=True)
 class Ask:
-    """Sender: grant me `num_blocks` blocks. `attempt` tells one ask for a lease from the next."""
+    """Sender: grant me `num_blocks` blocks. `attempt` tells one ask for a lease from the next.
+    `names` are what the first blocks are known as, for a receiver that holds some of them; they
+    mean nothing here."""
 
     lease: int
     attempt: int
     num_blocks: int
+    names: bytes = b""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,12 +46,14 @@ class Refuse:
 @dataclass(frozen=True, slots=True)
 class Grant:
     """Receiver: write there. `generation` rises with every grant of a receiver; `attempt` is
-    the ask's, or 0 for a fetch of parked KV. `blocks` are packed, see `pack_blocks`."""
+    the ask's, or 0 for a fetch of parked KV. `blocks` are packed, see `pack_blocks`. The first
+    `skip` blocks of the KV are here already: the lease is about those behind them."""
 
     lease: int
     generation: int
     attempt: int
     blocks: bytes
+    skip: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -110,8 +110,8 @@ class Pair:
 
     def release(self) -> None:
         """Give back sockets and descriptors. The copier is out; where it waits for a peer that
-        hangs, its thread ends by itself."""
-        if self.copier_ended:
+        hangs, and touches no block, its thread ends by itself."""
+        if self.copier_ended or not self.writer.leave():
             self.copier.join()
         self.writer.close()
         self.sock.close()

@@ -18,7 +18,7 @@ from ..engine.layout import KVLayout
 from ..engine.request import TransferAddress, WorkerId
 from .breaker import Breaker
 from .caller import Caller, Contact, drop_contact, host_id
-from .copier import Copier, Reader, Writer
+from .copier import Copier
 from .events import PeerRefused, PeerUnavailable, TransferConfig
 from .lease import Action
 from .lease_receiver import ReceiverTable
@@ -26,8 +26,7 @@ from .memory import CANARY_SLOT_BYTES, PoolMemory
 from .messages import Abort, Bye, Canary, LostFraming, MalformedFrame, Message, Ready
 from .paced import Lane, PacedWriter
 from .pair import Life, Pair
-from .shm import ShmWriter
-from .tcp import TcpReader, TcpWriter
+from .transports import Transports
 from .ways import ways_to
 
 
@@ -82,6 +81,7 @@ class Switchboard:
         self._layout, self._memory, self._config = layout, memory, config
         self._table, self._notify = table, notify
         self._caller = Caller(worker, layout, memory, config)
+        self._transports = Transports(layout, memory, table, lambda done: notify(Took(done)))
         self._lane = Lane(config.pace_bytes_per_s) if config.pace_bytes_per_s else None
         self._calls: dict[WorkerId, asyncio.Task[Pair]] = {}
         self._breakers: dict[WorkerId, Breaker] = {}
@@ -241,7 +241,7 @@ class Switchboard:
         return pair
 
     def _make(self, contact: Contact) -> Pair:
-        writer, reader = self._join(contact)
+        writer, reader = self._transports.join(contact, self._broke)
         if self._lane is not None:
             writer = PacedWriter(writer, self._lane, self._layout.block_bytes)
 
@@ -264,31 +264,9 @@ class Switchboard:
         )
         return pair
 
-    def _join(self, contact: Contact) -> tuple[Writer, Reader | None]:
-        """The contact's way out of this pool, and into it where this side writes."""
-        mine, number = (self._memory, self._layout), contact.number
-        if contact.memory is not None:
-            return ShmWriter(*mine, contact.memory, contact.hello.layout), None
-        assert contact.data is not None, "a contact has one way or the other"
-        if contact.group is None:
-            reader = TcpReader(contact.data, *mine, self._table, number)
-            return TcpWriter(*mine, contact.data), reader
-        from .collective import CollectiveReader, CollectiveWriter
-
-        def broke(reason: str) -> None:
-            self.fault(self.pairs[number], reason) if number in self.pairs else None
-
-        reader = CollectiveReader(
-            contact.data,
-            contact.group,
-            *mine,
-            self._table,
-            number,
-            took=lambda actions: self._notify(Took(actions)),
-            broke=broke,
-        )
-        name = contact.hello.transport
-        return CollectiveWriter(name, *mine, contact.group, contact.data), reader
+    def _broke(self, number: int, reason: str) -> None:
+        if (pair := self.pairs.get(number)) is not None:
+            self.fault(pair, reason)
 
     def _prove(self, pair: Pair) -> None:
         """Write a canary where the peer looks for it, and say so."""

@@ -9,15 +9,18 @@ from __future__ import annotations
 
 from collections import deque
 from heapq import heappop, heappush
+from itertools import chain, islice
+from math import inf
 
 import numpy as np
 
 from ..engine.step_time import StepFeatures
 from .phase_search import PhaseSearch, highest_rate
+from .phase_times import RowCosts, steps_to
 from .problem import WorkerShape
 
 SLACK = 0.9  # of the TPOT target that a mixed step may take
-SHORT = 600  # requests: steps are taken one by one here
+LOOK = 64  # waiting prompts that one step considers
 
 
 def colocated_rps(phases: PhaseSearch, shape: WorkerShape) -> tuple[float, str]:
@@ -84,6 +87,7 @@ class _Mixed:
         search = phases.problem.config.search
         self.prompts, self.outputs = phases.prompts, phases.outputs
         self.latency = shape.mixed
+        self.rows = RowCosts(shape.mixed)
         self.arrival_s = arrival_s
         self.ttft_s, self.tpot_s = phases.judge.ttft_s.tolist(), phases.judge.tpot_s
         self.kv_tokens = shape.kv_tokens
@@ -105,11 +109,27 @@ class _Mixed:
             while next_one < total and self.arrival_s[next_one] <= now_s:
                 self.fresh.append(next_one)
                 next_one += 1
+            if self.ends and not (self.fresh or self.late):
+                now_s = self._stretch(now_s, self.arrival_s[next_one] if next_one < total else inf)
+                continue
             chunks = self._chunks(now_s)
-            features = self._features(chunks)
-            now_s += self.latency.total_s(features)
+            now_s += self.latency.total_s(self._features(chunks))
             self._advance(chunks, now_s)
         return self.first_s, self.last_s
+
+    def _stretch(self, now_s: float, until_s: float) -> float:
+        """All steps to the next arrival or the next row's end, in one."""
+        rows = len(self.ends)
+        base_s, slope_s = self.rows.of(rows)
+        first_s, rise_s = base_s + slope_s * self.context, slope_s * rows
+        steps = self.ends[0][0] - self.step
+        if until_s < inf:
+            steps = min(steps, steps_to(until_s - now_s, first_s, rise_s))
+        now_s += steps * first_s + rise_s * steps * (steps - 1) / 2
+        self.step += steps - 1  # `_advance` takes the last
+        self.context += rows * (steps - 1)
+        self._advance([], now_s)
+        return now_s
 
     def _features(self, chunks: list[tuple[int, int]]) -> StepFeatures:
         new = sum(count for _, count in chunks)
@@ -126,13 +146,13 @@ class _Mixed:
             self.late.append(self.fresh.popleft())
         left = self._room()
         chunks: list[tuple[int, int]] = []
-        for request in [*self.fresh, *self.late]:
+        for request in islice(chain(self.fresh, self.late), LOOK):
             if left < 1 or len(self.ends) + len(chunks) >= self.max_rows:
                 break
             need = self.prompts[request] + self.outputs[request] // 2
             if not self.done[request]:
                 if self.held and self.held + need > self.kv_tokens:
-                    break
+                    continue  # who has begun goes on, or nobody would ever leave
                 self.held += need
             count = min(left, self.prompts[request] - self.done[request])
             chunks.append((request, count))

@@ -19,9 +19,9 @@ from .slo import SloPolicy
 from .transfer import Link, visible_s
 from .workload import Workload
 
-QUICK_REQUESTS = 1500
+QUICK_REQUESTS = 1000
 EDGE = 0.1  # of the requests at either end are not judged: the pools fill, then drain
-TOLERANCE = 0.02
+TOLERANCE = 0.03
 GRID = (1, 2, 4, 8, 16, 32, 64)  # counts whose pooling is worked out; between them by logarithm
 
 Column = NDArray[np.float64]
@@ -51,7 +51,7 @@ class Judge:
 
 
 def highest_rate(margin: Callable[[float], float], guess_rps: float) -> float:
-    """The highest rate whose margin is not negative; 0 where a thousandth of the guess has none."""
+    """The highest rate whose margin is not negative; 0 where a fiftieth of the guess has none."""
     low, high = 0.0, guess_rps
     while margin(high) >= 0:
         low, high = high, high * 1.5
@@ -61,7 +61,7 @@ def highest_rate(margin: Callable[[float], float], guess_rps: float) -> float:
         low = high / 2
         while margin(low) < 0:
             low, high = low / 2, low
-            if low < guess_rps / 1000:
+            if low < guess_rps / 50:
                 return 0.0
     while high - low > TOLERANCE * high:
         middle = (low + high) / 2

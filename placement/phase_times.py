@@ -235,6 +235,7 @@ class _DecodeLane:
         "now_s",
         "outputs",
         "prompts",
+        "queued",
         "step",
         "waiting",
     )
@@ -251,12 +252,12 @@ class _DecodeLane:
         self.costs, self.prompts, self.outputs, self.end_s = costs, prompts, outputs, end_s
         self.max_rows, self.kv_tokens = max_rows, kv_tokens
         self.now_s = 0.0
-        self.step = self.context = self.held = 0
+        self.step = self.context = self.held = self.queued = 0  # the last two in positions
         self.ends: list[tuple[int, int]] = []  # heap of (last step, request)
         self.waiting: deque[int] = deque()
 
     def outstanding(self) -> int:
-        return self.held + sum(map(self._need, self.waiting))
+        return self.held + self.queued
 
     def _need(self, request: int) -> int:
         """Positions it holds on the mean over its life: rows in all stages of growth share them."""
@@ -266,6 +267,7 @@ class _DecodeLane:
         if not self.ends and not self.waiting:
             self.now_s = max(self.now_s, at_s)
         self.waiting.append(request)
+        self.queued += self._need(request)
         self._admit()
 
     def _admit(self) -> None:
@@ -276,6 +278,7 @@ class _DecodeLane:
                 return
             self.waiting.popleft()
             self.held += need
+            self.queued -= need
             self.context += self.prompts[request]
             heapq.heappush(self.ends, (self.step + self.outputs[request] - 1, request))
 
@@ -290,7 +293,7 @@ class _DecodeLane:
             steps = ends[0][0] - self.step
             end_s = self.now_s + steps * first_s + rise_s * steps * (steps - 1) / 2
             if end_s > until_s:
-                steps = min(steps, _steps_to(until_s - self.now_s, first_s, rise_s))
+                steps = min(steps, steps_to(until_s - self.now_s, first_s, rise_s))
                 end_s = self.now_s + steps * first_s + rise_s * steps * (steps - 1) / 2
             self.now_s = end_s
             self.step += steps
@@ -306,7 +309,7 @@ class _DecodeLane:
                 self._admit()
 
 
-def _steps_to(seconds: float, first_s: float, rise_s: float) -> int:
+def steps_to(seconds: float, first_s: float, rise_s: float) -> int:
     """The least number of steps, each `rise_s` longer than the last, that takes `seconds`."""
     if rise_s <= 0:
         return max(1, ceil(seconds / first_s))

@@ -11,7 +11,7 @@ that take turns in the stages. Lanes are stepped through one by one.
 
 from __future__ import annotations
 
-from math import sqrt
+from math import inf, sqrt
 from typing import TYPE_CHECKING, Any
 
 from ..decode_worker.scheduler import DecodeLimits, DecodeScheduler
@@ -80,20 +80,25 @@ class Lane:
             predictor(model, needed=deployment.ttft_ms > 0 or deployment.tpot_ms > 0),
         )
         self.attempts: dict[Attempt, None] = {}  # that hold, or wait for, blocks here
-        self.reported_tokens = 0  # queued and context, at the last step's end
+        self._reported_tokens = 0  # queued and context, at the last step's end
         self._jumps = worker.simulator.jump and share == 1  # lanes wait for each other
         self._busy = False  # a step or a stretch is in progress
         self._woken = False
         self._stretch: Stretch | None = None
         self._ahead = False  # the step in progress was applied already
         self._rows = 0  # of the stretch
+        self._held_tokens = 0  # at its start
+        self._reserve: float = 0  # free blocks that it and the watermark need at most
         self._turn = 0  # an event of an earlier turn is stale
         self._unstarted = 0  # prompts computed here, without their first token
 
     # What comes in. A stretch is settled first.
 
     def lease(self, num_tokens: int, now_s: float) -> list[int] | None:
-        self._settle(now_s)
+        """A stretch goes on where the pool surely holds all it needs, and these blocks too."""
+        count = self.allocator.blocks_for(num_tokens)
+        if self._stretch is None or self.allocator.num_free - count < self._reserve:
+            self._settle(now_s)
         return self.scheduler.lease(num_tokens)
 
     def unlease(self, blocks: list[int], now_s: float) -> None:
@@ -142,6 +147,11 @@ class Lane:
         tokens = attempt.sequence.num_tokens
         return max(tokens - 1, attempt.num_tokens + attempt.told) if self._ahead else tokens
 
+    def reported(self, now_s: float) -> int:
+        """Tokens queued and held, as told at the end of the last step before `now_s`."""
+        done = 0 if self._stretch is None else self._stretch.done(now_s)
+        return self._held_tokens + done * self._rows if done else self._reported_tokens
+
     def wake(self, now_s: float) -> None:
         """Look for work once everything else of this moment has happened."""
         if not self._busy and not self._woken:
@@ -187,8 +197,10 @@ class Lane:
         slope_s = time.batch_s(StepFeatures(0, 0.0, rows, context + rows)) - first_s
         first_s += self.worker.step_s
         self._stretch = Stretch(now_s, first_s, slope_s, steps)
+        growth = rows * (steps // self.allocator.block_size + 1)
+        self._reserve = inf if load.waiting else growth + rows
         self._rows = rows
-        self.reported_tokens = load.queued_tokens + context
+        self._held_tokens = load.queued_tokens + context
         self._busy = True
         self._turn += 1
         self.simulator.agenda.at(self._stretch.end_s(steps), self._stretch_end, self._turn)
@@ -200,8 +212,8 @@ class Lane:
             return
         done = stretch.done(now_s)
         end_s = stretch.end_s(done + 1)
+        self._reported_tokens = self.reported(now_s)
         self._apply(stretch, done + 1, stretch.end_s(done))
-        self.reported_tokens += done * self._rows
         self._ahead = True
         self._turn += 1
         self.simulator.agenda.at(end_s, self._ahead_end, self._turn)
@@ -251,7 +263,7 @@ class Lane:
     def _report(self) -> None:
         if self.simulator.views_matter:
             load = self.scheduler.load()
-            self.reported_tokens = load.queued_tokens + load.context_tokens
+            self._reported_tokens = load.queued_tokens + load.context_tokens
 
 
 class SimulatedDecode:
@@ -282,8 +294,8 @@ class SimulatedDecode:
         self._tokens += tokens
         self._peak = max(self._peak, lane.allocator.num_blocks - lane.allocator.num_free)
 
-    def view(self) -> WorkerView:
-        reported = sum([lane.reported_tokens for lane in self.lanes])
+    def view(self, now_s: float) -> WorkerView:
+        reported = sum([lane.reported(now_s) for lane in self.lanes])
         return WorkerView(
             name=self.model.name,
             outstanding_tokens=max(reported, self.outstanding_tokens),

@@ -73,6 +73,7 @@ class SimulatedPrefill:
         self._depth = len(model.latency.stages)
         self._in_flight = 0
         self._woken = False
+        self._queued = 0  # unfinished prompts that no step has
         self._steps = self._tokens = self._peak = 0
         self._queued_reported = 0  # tokens, at the last step's end
         self.scheduler = PrefillScheduler(
@@ -90,6 +91,7 @@ class SimulatedPrefill:
 
     def add(self, attempt: Attempt, now_s: float) -> None:
         self.attempts[attempt] = None
+        self._queued += 1
         self.scheduler.add(attempt.sequence, now_s)
         self.wake(now_s)
 
@@ -101,11 +103,11 @@ class SimulatedPrefill:
 
     def wake(self, now_s: float) -> None:
         """Look for work once everything else of this moment has happened."""
-        if not self._woken and self._in_flight < self._depth:
+        if self._queued and not self._woken and self._in_flight < self._depth:
             self._woken = True
             self.simulator.agenda.at(max(now_s, self._stages.free_s[0]), self._look)
 
-    def view(self) -> WorkerView:
+    def view(self, _: float) -> WorkerView:
         return WorkerView(
             name=self.model.name,
             outstanding_tokens=max(self._queued_reported, self.outstanding_tokens),
@@ -139,6 +141,7 @@ class SimulatedPrefill:
         features = StepFeatures.of_chunks(zip(batch.counts, batch.starts, strict=True))
         end_s = self._stages.run(features, now_s)
         self._in_flight += 1
+        self._queued -= batch.num_rows
         self._steps += 1
         self._tokens += features.new_tokens
         self._peak = max(self._peak, self.allocator.num_blocks - self.allocator.num_free)
@@ -158,6 +161,7 @@ class SimulatedPrefill:
         self._in_flight -= 1
         output = StepOutput(token_ids=[0] * batch.num_rows)
         progress = self.scheduler.advance(batch, output, now_s)
+        self._queued += batch.num_rows - len(progress.sequences)
         if self.simulator.views_matter:
             self._queued_reported = self.scheduler.load().queued_tokens
         finished = {sequence.id for sequence, _ in progress.finished}
@@ -169,6 +173,8 @@ class SimulatedPrefill:
             if ended:
                 del self.attempts[attempt]
             self.simulator.prompt_done(attempt, now_s, ended=ended)
+        if not self._queued:
+            return
         if self._stages.free_s[0] <= now_s and not self._woken:
             self._begin(now_s)
         else:

@@ -164,10 +164,10 @@ class Simulator:
 
     def _route(self, attempt: Attempt, avoid: str | None, now_s: float) -> None:
         """As `cluster.router` picks: a prefill worker or none, and a decode worker."""
-        decode = self._choose(self.decode, "decode", attempt.num_tokens, avoid)
+        decode = self._choose(self.decode, attempt.num_tokens, avoid, now_s)
         prefill = None
         if not self._computed_locally(attempt.num_tokens):
-            prefill = self._choose(self.prefill, "prefill", attempt.num_tokens, avoid)
+            prefill = self._choose(self.prefill, attempt.num_tokens, avoid, now_s)
             if prefill is None:
                 decode = None
         if decode is None:  # nobody is ready: the stream ends as unavailable
@@ -189,7 +189,7 @@ class Simulator:
         short = num_tokens <= self.deployment.local_prefill_tokens
         return short or not any(worker.alive for worker in self.prefill)
 
-    def _choose(self, pool: Sequence[Any], role: str, num_tokens: int, avoid: str | None) -> Any:
+    def _choose(self, pool: Sequence[Any], num_tokens: int, avoid: str | None, now_s: float) -> Any:
         """A worker that is ready, not the one that was just lost if there is another."""
         if len(pool) == 1:
             return pool[0] if pool[0].alive else None
@@ -197,8 +197,8 @@ class Simulator:
         candidates = [worker for worker in ready if worker.model.name != avoid] or ready
         if not candidates:
             return None
-        views = [worker.view() for worker in candidates]
-        return candidates[self._policies[role].choose(views, num_tokens)]
+        views = [worker.view(now_s) for worker in candidates]
+        return candidates[self._policies[pool[0].role].choose(views, num_tokens)]
 
     def _submit(self, now_s: float, attempt: Attempt) -> None:
         assert attempt.decode is not None
@@ -221,7 +221,7 @@ class Simulator:
             assert attempt.lane is not None
             attempt.lane.go_on(attempt, now_s)
         elif attempt.flow is None:
-            decode = self._choose(self.decode, "decode", attempt.num_tokens, None)
+            decode = self._choose(self.decode, attempt.num_tokens, None, now_s)
             if decode is None:
                 self._lose(attempt, attempt.decode.model.name, now_s)
                 return

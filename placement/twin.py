@@ -10,11 +10,13 @@ from dataclasses import replace
 from ..configs.schema import ClusterConfig, DecodeConfig, PrefillConfig
 from ..engine.errors import InvalidConfig
 from .deployment import Deployment, Overheads, WorkerModel, replicas
-from .latency import LatencySource
+from .latency import LatencySource, Phase
 from .model_shape import DTYPE_BYTES, ModelShape, read_shape
 from .network import Network
 from .paced import paced_bytes_per_s, paced_shape, paced_source
 from .transfer import Link
+
+PROMPTS_A_STEP = 64  # at most, of a prefill worker: `PrefillLimits` has it, no key of the file
 
 
 def shape_of_cluster(config: ClusterConfig) -> ModelShape:
@@ -84,19 +86,17 @@ def _pool(
     pool: PrefillConfig | DecodeConfig,
     source: LatencySource,
     num_blocks: int,
-    phase: str,
+    phase: Phase,
 ) -> tuple[WorkerModel, ...]:
     if not pool.replicas:
         return ()
-    assert phase in ("prefill", "decode", "mixed")
-    size = {"max_batch_size": pool.max_batch_size} if isinstance(pool, DecodeConfig) else {}
     return replicas(
         role,
         pool.replicas,
         source.phase(phase, pool.tensor_parallel, pool.pipeline_parallel),
         num_blocks=num_blocks,
         max_batch_tokens=pool.max_batch_tokens,
-        **size,
+        max_batch_size=pool.max_batch_size if isinstance(pool, DecodeConfig) else PROMPTS_A_STEP,
     )
 
 

@@ -2,7 +2,8 @@
 
 Push: when a prompt's compute starts, decode is asked for blocks while the first layers already
 run; a grant sends every chunk layer by layer. Pull: without a grant the whole prompt waits in
-this worker's pool until a decode worker fetches it.
+this worker's pool until a decode worker fetches it. Blocks that decode holds already are not
+sent; those that were found in the prefix cache here are sent at once.
 """
 
 from __future__ import annotations
@@ -13,15 +14,17 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from ..engine.layout import KVLayout
+from ..engine.prefix import pack_hashes
 from ..engine.request import TransferAddress
 from ..engine.sequence import Sequence
 from ..kv_transfer.digest import token_digest
 from ..kv_transfer.endpoint import KVEndpoint
 from ..kv_transfer.events import PeerRefused, PeerUnavailable
-from ..kv_transfer.layer_clock import LayerClock
+from ..kv_transfer.layer_clock import LayerClock, finished_clock
 
 log = logging.getLogger(__name__)
 
+MAX_NAMES = 8192  # block names in one ask, 128 KiB
 REFUSAL_MEMORY_S = 0.05  # how long `auto` spares a decode worker that had no room
 
 
@@ -55,11 +58,18 @@ class Outbox:
     def __len__(self) -> int:
         return len(self._by_id)
 
-    def begin(self, sequence: Sequence, decode: TransferAddress) -> None:
-        """The prompt's first chunk is about to run."""
+    def begin(
+        self, sequence: Sequence, decode: TransferAddress, names: list[int], num_ready: int
+    ) -> None:
+        """The prompt's first chunk is about to run. `names` are those of its first blocks, which
+        decode may hold; the first `num_ready` blocks are complete."""
         outgoing = self._open(sequence)
         if self._worth_asking(decode):
-            outgoing.asking = asyncio.create_task(self._ask(outgoing, decode))
+            packed = pack_hashes(names[:MAX_NAMES])
+            outgoing.asking = asyncio.create_task(self._ask(outgoing, decode, packed))
+            if num_ready:
+                ready = finished_clock(self.layout.num_layers)
+                outgoing.chunks.append((sequence.blocks[:num_ready], 0, ready))
 
     def chunk(self, sequence: Sequence, start: int, count: int, layers: LayerClock) -> None:
         """Positions `[start, start + count)` are about to be computed, layer after layer."""
@@ -70,7 +80,7 @@ class Outbox:
         first, end = start // size, -(-(start + count) // size)
         blocks = sequence.blocks[first:end]
         if outgoing.granted:
-            self.kv.push(outgoing.lease, blocks, first, layers)
+            self._push(outgoing, blocks, first, layers)
         else:
             outgoing.chunks.append((blocks, first, layers))
 
@@ -127,16 +137,22 @@ class Outbox:
         refused_until_s = self._refused_until_s.get(decode.worker.name, 0.0)
         return self.mode == "push" or self.clock() >= refused_until_s
 
-    async def _ask(self, outgoing: Outgoing, decode: TransferAddress) -> None:
+    def _push(self, outgoing: Outgoing, blocks: list[int], first: int, layers: LayerClock) -> None:
+        """Blocks `[first, ...)` of the prompt, without those that decode has."""
+        missing = first - self.kv.skipped(outgoing.lease)
+        if missing + len(blocks) > 0:
+            self.kv.push(outgoing.lease, blocks[max(0, -missing) :], max(0, missing), layers)
+
+    async def _ask(self, outgoing: Outgoing, decode: TransferAddress, names: bytes) -> None:
         num_blocks = self.layout.blocks_for(outgoing.sequence.num_tokens)
         try:
-            outgoing.granted = await self.kv.ask(decode, outgoing.lease, num_blocks)
+            outgoing.granted = await self.kv.ask(decode, outgoing.lease, num_blocks, names)
         except (PeerUnavailable, PeerRefused) as error:
             log.warning("no push of %s: %s", outgoing.sequence.id, error)
         outgoing.asking = None
         if outgoing.granted:
             for blocks, first, layers in outgoing.chunks:
-                self.kv.push(outgoing.lease, blocks, first, layers)
+                self._push(outgoing, blocks, first, layers)
         else:
             self._refused_until_s[decode.worker.name] = self.clock() + REFUSAL_MEMORY_S
         outgoing.chunks.clear()

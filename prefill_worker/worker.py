@@ -103,7 +103,7 @@ class PrefillWorker:
                 self.kv.answer(event, None)  # this role grants no blocks
 
     async def _step(self, batch: Batch) -> None:
-        layers = LayerClock()
+        layers = LayerClock(self.compute.watched)
         self._begin(batch, layers)
         try:
             output, seconds = await self.compute.run(batch, layers.finish)
@@ -119,8 +119,10 @@ class PrefillWorker:
         """Start the transfers of the rows that start, and send every row's chunk as it comes."""
         for sequence, start, count in zip(batch.sequences, batch.starts, batch.counts, strict=True):
             ends_here = sequence.max_total_tokens == sequence.num_tokens + 1
-            if start == 0 and not ends_here:
-                self.outbox.begin(sequence, self._decode[sequence.id])
+            if start == sequence.cached_tokens and not ends_here:
+                names = self.scheduler.prefix.shareable(sequence, sequence.num_tokens)
+                num_ready = start // self.compute.runner.layout.block_size
+                self.outbox.begin(sequence, self._decode[sequence.id], names, num_ready)
             self.outbox.chunk(sequence, start, count, layers)
 
     def _hand_over(self, progress: Progress, output: StepOutput) -> None:
@@ -140,6 +142,7 @@ class PrefillWorker:
                         reason=finished[sequence.id],
                         queue_s=queue_s,
                         prefill_s=prefill_s,
+                        cached_tokens=sequence.cached_tokens,
                     )
                 )
                 continue
@@ -154,6 +157,7 @@ class PrefillWorker:
                     source=self.address,
                     queue_s=queue_s,
                     prefill_s=prefill_s,
+                    cached_tokens=sequence.cached_tokens,
                 )
             )
 

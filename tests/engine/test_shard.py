@@ -6,7 +6,6 @@ mismatch of tokens is excused only where the reference's two best logits lie clo
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np

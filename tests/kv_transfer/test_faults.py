@@ -18,7 +18,9 @@ from phasewise.kv_transfer.messages import Beat, Grant, Message, pack_blocks
 
 from .harness import LAYERED, LAYOUT, QUICK, Here, There, bounded, here, pool_bytes, there
 
-both = pytest.mark.parametrize("transport", ["shm", "tcp"])
+gloo = pytest.param("gloo", marks=pytest.mark.slow)  # its processes load torch
+every = pytest.mark.parametrize("transport", ["shm", "tcp", gloo])
+staged = pytest.mark.parametrize("transport", ["tcp", gloo])  # the receiver writes its pool
 points = pytest.mark.parametrize("layers", [0, 2, 4])
 TARGET = [20, 21, 22]
 
@@ -49,7 +51,7 @@ async def still_serves(worker: Here, transport: str) -> None:
         assert np.array_equal(worker.pool[:, 50], pool_bytes(5)[:, 30])
 
 
-@both
+@every
 @points
 @bounded
 async def test_killed_sender_ends_the_lease_and_frees_its_blocks(
@@ -93,10 +95,13 @@ async def test_hung_sender_over_shared_memory_that_is_killed_frees_its_blocks() 
         assert (released.lease, released.blocks) == (lease, tuple(TARGET))
 
 
+@staged
 @points
 @bounded
-async def test_hung_sender_over_tcp_loses_its_blocks_at_once(layers: int) -> None:
-    async with pushing("tcp", layers) as (decode, p, lease, _):
+async def test_hung_sender_loses_its_blocks_at_once_where_the_receiver_writes(
+    transport: str, layers: int
+) -> None:
+    async with pushing(transport, layers) as (decode, p, lease, _):
         p.signal(signal.SIGSTOP)
         ended = await decode.ended()
         assert (ended.lease, ended.outcome) == (lease, Outcome.LOST)
@@ -105,10 +110,10 @@ async def test_hung_sender_over_tcp_loses_its_blocks_at_once(layers: int) -> Non
         p.signal(signal.SIGCONT)
         assert (await p.event("Ended"))["outcome"] == "lost"
         assert (decode.pool[:, TARGET] == 7).all()
-        await still_serves(decode, "tcp")
+        await still_serves(decode, transport)
 
 
-@both
+@every
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
 @pytest.mark.parametrize("layers", [0, 2])
 @bounded
@@ -132,7 +137,7 @@ async def test_dead_or_hung_receiver_gives_the_sender_its_blocks_back(
             await p.endpoint.ask(decode.address, p.endpoint.new_lease(), 1)
 
 
-@both
+@every
 @bounded
 async def test_full_socket_to_a_hung_receiver_does_not_hold_the_sender(transport: str) -> None:
     """More bytes than all buffers take: the copier is stuck in a write when the peer is lost."""
@@ -148,7 +153,7 @@ async def test_full_socket_to_a_hung_receiver_does_not_hold_the_sender(transport
         assert (await p.event("Ended"))["outcome"] == "lost"
 
 
-@both
+@every
 @bounded
 async def test_abort_by_the_receiver_in_mid_push_ends_both_sides(transport: str) -> None:
     async with pushing(transport, 2) as (decode, p, lease, _):
@@ -163,7 +168,7 @@ async def test_abort_by_the_receiver_in_mid_push_ends_both_sides(transport: str)
         assert (decode.pool[:, TARGET] == 7).all()
 
 
-@both
+@every
 @bounded
 async def test_abort_by_the_sender_in_mid_push_ends_both_sides(transport: str) -> None:
     async with pushing(transport, 2) as (decode, p, lease, _):
@@ -173,7 +178,7 @@ async def test_abort_by_the_sender_in_mid_push_ends_both_sides(transport: str) -
         assert (await p.event("Ended"))["blocks"] == [1, 2, 3]
 
 
-@both
+@every
 @bounded
 async def test_a_step_that_fails_ends_its_lease(transport: str) -> None:
     async with pushing(transport, 1) as (decode, p, lease, _):
@@ -184,7 +189,7 @@ async def test_a_step_that_fails_ends_its_lease(transport: str) -> None:
         assert (await p.event("Ended"))["reason"] == "the step failed"
 
 
-@both
+@every
 @bounded
 async def test_a_writer_that_makes_no_progress_expires(transport: str) -> None:
     async with pushing(transport, 2, lease_s=0.6) as (decode, p, lease, _):
@@ -203,7 +208,7 @@ async def test_parked_kv_that_nobody_fetches_expires() -> None:
         assert (ended.outcome, ended.blocks) == (Outcome.EXPIRED, (4, 5))
 
 
-@both
+@every
 @bounded
 async def test_a_restarted_sender_is_a_new_peer(transport: str) -> None:
     config = {**LAYERED, "transport": transport}
@@ -223,7 +228,7 @@ async def test_a_restarted_sender_is_a_new_peer(transport: str) -> None:
 
 
 @pytest.mark.parametrize("count", [1, 4, 5, 70_000])
-@both
+@every
 @bounded
 async def test_babble_on_the_port_harms_nobody(transport: str, count: int) -> None:
     config = {**LAYERED, "transport": transport}
@@ -234,7 +239,7 @@ async def test_babble_on_the_port_harms_nobody(transport: str, count: int) -> No
         await still_serves(decode, transport)
 
 
-@both
+@every
 @bounded
 async def test_babble_from_a_peer_ends_that_pair_only(transport: str) -> None:
     config = {**LAYERED, "transport": transport}
@@ -257,7 +262,7 @@ async def test_babble_from_a_peer_ends_that_pair_only(transport: str) -> None:
 @pytest.mark.parametrize(
     "message", [Grant(1, 9, 0, pack_blocks((64,))), Grant(1, 9, 0, b"cut"), Beat(b"cut", b"", 0)]
 )
-@both
+@every
 @bounded
 async def test_blocks_that_are_not_there_end_the_pair_and_nothing_is_written(
     transport: str, message: Message

@@ -15,7 +15,7 @@ from phasewise.engine.spec import ModelSpec, load_spec
 from phasewise.kv_transfer.events import PeerRefused
 from phasewise.kv_transfer.layout_map import Part, check_layouts, copies, routes
 
-MODEL = Path(__file__).parents[2] / "models" / "stdlib-tiny"
+MODEL = Path(__file__).parents[2] / "models" / "tiny"
 HEAD_DIM = 2
 Side = tuple[int, int, int]  # tensor parallel, pipeline parallel, block size
 

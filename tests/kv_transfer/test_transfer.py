@@ -15,11 +15,11 @@ from phasewise.kv_transfer.layer_clock import LayerClock, finished_clock
 
 from .harness import LAYERED, LAYOUT, QUICK, bounded, here, pool_bytes, there
 
-both = pytest.mark.parametrize("transport", ["shm", "tcp"])
+every = pytest.mark.parametrize("transport", ["shm", "tcp", "gloo"])
 sizes = pytest.mark.parametrize("config", [QUICK, LAYERED], ids=["whole", "layered"])
 
 
-@both
+@every
 @sizes
 @bounded
 async def test_pushed_blocks_are_equal_on_both_sides(transport: str, config: dict) -> None:
@@ -47,7 +47,7 @@ async def test_pushed_blocks_are_equal_on_both_sides(transport: str, config: dic
         assert decode.endpoint.pairs()[0].transport == transport
 
 
-@both
+@every
 @sizes
 @bounded
 async def test_parked_blocks_are_fetched_when_decode_has_room(transport: str, config: dict) -> None:
@@ -60,7 +60,7 @@ async def test_parked_blocks_are_fetched_when_decode_has_room(transport: str, co
         assert (await p.event("Ended"))["outcome"] == "committed"
 
 
-@both
+@every
 @bounded
 async def test_many_leases_at_once_each_get_their_own_blocks(transport: str) -> None:
     config = {**LAYERED, "transport": transport}
@@ -84,7 +84,7 @@ async def test_many_leases_at_once_each_get_their_own_blocks(transport: str) -> 
         assert address.worker.name == "decode"
 
 
-@both
+@every
 @bounded
 async def test_no_room_is_an_answer_and_the_lease_may_be_parked(transport: str) -> None:
     config = {**QUICK, "transport": transport}
@@ -110,7 +110,7 @@ async def test_an_ask_that_nobody_answers_is_withdrawn_in_time() -> None:
         assert decode.endpoint.answer(asked, [1, 2]) is False  # the blocks stay with decode
 
 
-@both
+@every
 @bounded
 async def test_fetching_what_is_not_parked_ends_as_aborted(transport: str) -> None:
     config = {**QUICK, "transport": transport}
@@ -120,7 +120,7 @@ async def test_fetching_what_is_not_parked_ends_as_aborted(transport: str) -> No
         assert (await decode.released()).blocks == (1, 2)
 
 
-@both
+@every
 @bounded
 async def test_discarded_kv_is_free_at_once_and_fetched_by_nobody(transport: str) -> None:
     config = {**QUICK, "transport": transport}
@@ -145,7 +145,7 @@ async def test_a_discard_for_a_peer_that_is_gone_ends_by_itself() -> None:
             await asyncio.sleep(0.01)
 
 
-@both
+@every
 @bounded
 async def test_kv_of_other_tokens_than_were_fetched_is_not_committed(transport: str) -> None:
     config = {**QUICK, "transport": transport}
@@ -159,7 +159,7 @@ async def test_kv_of_other_tokens_than_were_fetched_is_not_committed(transport: 
         assert (await p.ended()).outcome is Outcome.ABORTED
 
 
-@both
+@every
 @bounded
 async def test_a_block_changed_on_the_way_is_found_before_the_commit(transport: str) -> None:
     config = {**LAYERED, "transport": transport}
@@ -179,7 +179,7 @@ async def test_a_block_changed_on_the_way_is_found_before_the_commit(transport: 
         assert (ended.outcome, "contents differ" in ended.reason) == (Outcome.ABORTED, True)
 
 
-@both
+@pytest.mark.parametrize("transport", ["shm", "tcp"])
 @bounded
 async def test_auto_takes_shared_memory_on_one_host_and_tcp_otherwise(transport: str) -> None:
     offered = {**QUICK, "transport": "auto" if transport == "shm" else "tcp"}
@@ -189,7 +189,15 @@ async def test_auto_takes_shared_memory_on_one_host_and_tcp_otherwise(transport:
         assert (pair.transport, pair.ready, pair.peer) == (transport, True, address.worker)
 
 
-@both
+@bounded
+async def test_two_workers_of_different_transports_refuse_each_other_by_name() -> None:
+    by_group, by_tcp = {**QUICK, "transport": "gloo"}, {**QUICK, "transport": "tcp"}
+    async with here("decode", 1, by_group) as (_, address), here("p", 2, by_tcp) as (p, _):
+        with pytest.raises(PeerRefused, match="takes KV by gloo, not by tcp"):
+            await p.endpoint.connect(address)
+
+
+@pytest.mark.parametrize("transport", ["shm", "tcp"])
 @pytest.mark.parametrize(
     ("field", "value"), [("num_layers", 5), ("fingerprint", "other"), ("dtype", "float16")]
 )
@@ -206,7 +214,7 @@ async def test_another_layout_is_refused_by_name(transport: str, field: str, val
         assert address.worker.name == "decode"
 
 
-@both
+@every
 @bounded
 async def test_a_stale_incarnation_is_refused(transport: str) -> None:
     config = {**QUICK, "transport": transport}
@@ -220,7 +228,7 @@ async def test_a_stale_incarnation_is_refused(transport: str) -> None:
                 await decode.endpoint.connect(back)
 
 
-@both
+@every
 @bounded
 async def test_an_address_of_an_earlier_incarnation_reaches_nobody(transport: str) -> None:
     config = {**QUICK, "transport": transport}
@@ -238,7 +246,7 @@ async def test_an_address_of_an_earlier_incarnation_reaches_nobody(transport: st
             await p.endpoint.connect(stale)
 
 
-@both
+@every
 @bounded
 async def test_nothing_is_left_after_close(transport: str) -> None:
     config = {**LAYERED, "transport": transport}
@@ -260,7 +268,7 @@ async def test_nothing_is_left_after_close(transport: str) -> None:
     assert threading.active_count() == threads
 
 
-@both
+@every
 @bounded
 async def test_a_push_after_the_end_is_ignored(transport: str) -> None:
     config = {**QUICK, "transport": transport}

@@ -23,6 +23,8 @@ MODES: dict[str, dict[str, Any]] = {
     "auto": {"mode": "auto"},
     "push-tcp": {"mode": "push", "transport": "tcp"},
     "pull-tcp": {"mode": "pull", "transport": "tcp"},
+    "push-gloo": {"mode": "push", "transport": "gloo"},
+    "pull-gloo": {"mode": "pull", "transport": "gloo"},
     "colocated": {"prefill": 0},
     "two-each": {"prefill": 2, "decode": 2},
     "chunked": {"mode": "push", "max_batch_tokens": 67},

@@ -27,7 +27,7 @@ def test_uniforms_are_those_of_the_host_bit_for_bit(interpreted: Any) -> None:
 
 def test_the_argmax_of_equal_logits_is_the_first_and_nan_is_seen(interpreted: Any) -> None:
     rows = random_logits(5, 5000)
-    rows[1, [4999, 77, 3000]] = 50.0
+    rows[1, [4999, 77, 3000, 77 + 4096]] = 50.0
     rows[2, 4500] = torch.nan
     rows[3] = -torch.inf
     rows[4, 4097] = torch.inf
@@ -107,6 +107,24 @@ def test_a_draw_finds_its_token_in_any_tile_of_the_vocabulary(interpreted: Any) 
     uniforms = torch.from_numpy(draws.uniforms(seeds.tolist(), positions.tolist()))
     assert actual == host_tokens(keys, form, [(0, 1.0, 0.0)] * rows, uniforms)
     assert actual[:3] == [8999, 0, 4096]
+
+
+def test_filters_and_draw_are_exact_to_the_last_unit_of_weight(interpreted: Any) -> None:
+    vocab, rows = 3000, 8
+    form = logits.KeyFormat(vocab)
+    weights = torch.zeros(rows, vocab, dtype=torch.int64)
+    weights[:4, 2500] = 1  # the whole row, in its second tile
+    weights[4:, [5, 6, 2700]] = 1  # half of three is two: the smallest ids
+    keys = (weights << form.id_bits) + form.id_mask - torch.arange(vocab)
+    top_p = [1.0, 0.5, 1e-9, 0.999, 0.5, 0.5, 0.5, 0.5]
+    seeds, positions = torch.arange(rows), torch.zeros(rows, dtype=torch.int64)
+    off = torch.zeros_like(seeds)
+    shares = torch.tensor(top_p, dtype=torch.float64)
+    actual = interpreted(sampling.draw, keys, off, off, shares, seeds, positions).tolist()
+    uniforms = torch.from_numpy(draws.uniforms(seeds.tolist(), positions.tolist()))
+    assert actual == host_tokens(keys, form, [(0, share, 0.0) for share in top_p], uniforms)
+    assert actual[:4] == [2500] * 4
+    assert set(actual[4:]) == {5, 6}
 
 
 def test_edits_of_logits_are_those_of_the_host_bit_for_bit(interpreted: Any) -> None:

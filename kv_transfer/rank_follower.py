@@ -1,0 +1,111 @@
+"""A follower's end of every KV transfer: its own endpoint, doing what the worker's leader says."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import threading
+from collections.abc import Callable
+from typing import Any
+
+from .endpoint import KVEndpoint
+from .events import Asked, PeerRefused, PeerUnavailable
+from .layer_clock import LayerClock, finished_clock
+from .rank_wire import pack_address, pack_event, receive, send, unpack_address, unpack_event
+
+_KEPT_STEPS = 4  # clocks of steps that are over, for pushes on their way
+
+
+class StepClocks:
+    """A clock for every step, whoever speaks of it first: the compute thread or a push."""
+
+    def __init__(self, num_layers: int) -> None:
+        self._num_layers = num_layers
+        self._clocks: dict[int, LayerClock] = {}
+        self._over = -1  # this step and all before it are
+        self._lock = threading.Lock()
+
+    def begin(self, step: int) -> Callable[[int], None]:
+        """The step is about to be computed, all before it are; what to tell its layers to."""
+        clock = self.of(step)
+        with self._lock:
+            self._over = step - _KEPT_STEPS
+            for old in [key for key in self._clocks if key <= self._over]:
+                del self._clocks[old]
+        return clock.finish
+
+    def of(self, step: int) -> LayerClock:
+        with self._lock:
+            if step <= self._over:
+                return finished_clock(self._num_layers)
+            return self._clocks.setdefault(step, LayerClock(step))
+
+
+class RankFollower:
+    """One follower's transfers. All methods run on its loop."""
+
+    def __init__(self, endpoint: KVEndpoint, clocks: StepClocks) -> None:
+        self._endpoint = endpoint
+        self._clocks = clocks
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._writer: asyncio.StreamWriter
+
+    async def run(self, address: str, secret: str, rank: int) -> None:
+        """Do what the leader at `address` says until its connection ends."""
+        own = await self._endpoint.start()
+        host, _, port = address.rpartition(":")
+        reader, self._writer = await asyncio.open_connection(host, int(port))
+        try:
+            send(self._writer, [secret, rank, pack_address(own)])
+            self._spawn(self._tell_events())
+            with contextlib.suppress(asyncio.IncompleteReadError, OSError):  # the leader's end
+                while True:
+                    number, name, *arguments = await receive(reader)
+                    self._do(number, name, arguments)
+        finally:
+            for task in self._tasks:
+                task.cancel()
+            await self._endpoint.close()
+            self._writer.close()
+
+    def _do(self, number: int, name: str, arguments: list[Any]) -> None:
+        endpoint = self._endpoint
+        match name, arguments:
+            case "connect", [peer]:
+                self._spawn(self._reply(number, endpoint.connect(unpack_address(peer))))
+            case "ask", [peer, lease, num_blocks]:
+                call = endpoint.ask(unpack_address(peer), lease, num_blocks)
+                self._spawn(self._reply(number, call))
+            case "grant", [peer, lease, blocks, digest]:
+                call = endpoint.grant(unpack_address(peer), lease, blocks, digest)
+                self._spawn(self._reply(number, call))
+            case "push", [lease, blocks, first, step]:
+                endpoint.push(lease, blocks, first, self._clocks.of(step))
+            case "discard", [peer, lease]:
+                endpoint.discard(unpack_address(peer), lease)
+            case "answer", [[kind, asked], blocks]:
+                event = unpack_event(kind, asked)
+                assert isinstance(event, Asked)
+                if not endpoint.answer(event, blocks) and blocks is not None:
+                    send(self._writer, ["unanswered", event.lease])
+            case ("commit" | "park" | "abort"), _:
+                getattr(endpoint, name)(*arguments)
+            case _:
+                raise AssertionError(f"{name} is no command of this version")
+
+    async def _reply(self, number: int, call: Any) -> None:
+        try:
+            send(self._writer, ["reply", number, await call, ""])
+        except PeerUnavailable as error:
+            send(self._writer, ["reply", number, "unavailable", error.reason])
+        except PeerRefused as error:
+            send(self._writer, ["reply", number, "refused", str(error)])
+
+    async def _tell_events(self) -> None:
+        async for event in self._endpoint.events():
+            send(self._writer, ["event", *pack_event(event)])
+
+    def _spawn(self, work: Any) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)

@@ -1,0 +1,63 @@
+"""The command that simulates a cluster file."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from phasewise.cluster.cli import EXIT_INPUT, EXIT_OK, main
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+
+
+@pytest.fixture
+def chat(tmp_path: Path) -> str:
+    file = tmp_path / "chat.yaml"
+    file.write_text(
+        "workload: {rate_rps: 3, num_requests: 200, "
+        "lengths: {prompt: {mean: 100, sigma: 0.5, max: 300}, output: 20}}\n"
+        "slo: {ttft_ms: 400, tpot_ms: 60}\n"
+    )
+    return str(file)
+
+
+def simulate(*words: str) -> int:
+    return main(["simulate", str(CONFIGS / "local.yaml"), *words])
+
+
+def test_json_holds_latencies_attainment_and_workers(
+    chat: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert simulate("--workload", chat, "--hardware", "cpu", "--seeds", "2", "--json") == EXIT_OK
+    found = json.loads(capsys.readouterr().out)
+    assert found["served"] == found["requests"] == 400
+    assert set(found["spreads"]) >= {"ttft", "tpot", "e2e"}
+    assert 0 <= found["attainment"]["default"] <= 1
+    assert {worker["name"] for worker in found["workers"]} == {"prefill-0", "decode-0"}
+    assert "not measured by us" in found["origin"]
+
+
+def test_the_table_names_targets_and_workers(chat: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert simulate("--workload", chat, "--hardware", "cpu", "--rate", "2") == EXIT_OK
+    out = capsys.readouterr().out
+    assert "TTFT 400 ms" in out and "decode-0" in out and "p99" in out
+
+
+def test_goodput_is_searched_on_request(chat: str, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ("--workload", chat, "--hardware", "cpu", "--seeds", "1", "--find-goodput", "--json")
+    assert simulate(*words) == EXIT_OK
+    rates = [one["rate_rps"] for one in json.loads(capsys.readouterr().out)["goodput"]]
+    assert len(rates) == 3 and rates == sorted(rates, reverse=True)
+
+
+def test_without_step_times_it_says_what_to_give(
+    chat: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert simulate("--workload", chat) == EXIT_INPUT
+    assert "--hardware" in capsys.readouterr().err
+
+
+def test_an_unknown_sheet_is_bad_input(chat: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert simulate("--workload", chat, "--hardware", "abacus") == EXIT_INPUT
+    assert "abacus" in capsys.readouterr().err
