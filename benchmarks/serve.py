@@ -2,8 +2,9 @@
 
 Each cluster is `phasewise serve` in a process of its own, launched by Ray; the load comes from
 `phasewise bench`'s generator in this one. Latencies are those at the given rate, throughput is
-that of all requests at once. The floor is transformers' `generate` on all cores, one request after
-the other in order of arrival. Every figure is the median over the runs.
+that of all requests at once. The floor is transformers' `generate`, on one thread or all cores,
+whichever is faster here, one request after the other in order of arrival. Every figure is the
+median over the runs.
 
     python benchmarks/serve.py [--json] [--rate 4] [--requests 60] [--runs 3]
 """
@@ -75,6 +76,7 @@ def main() -> None:
         "--workload", type=Path, default=ROOT / "configs" / "workload-chat.yaml", metavar="FILE"
     )
     args = parser.parse_args()
+    load_before = os.getloadavg()[0]  # of others: what the figures are to be taken with
     spec, _ = read_workload(args.workload, rate_rps=args.rate)
     settings = Settings(
         spec=replace(spec, max_total_tokens=2048), policy=POLICY, num_requests=args.requests
@@ -85,9 +87,18 @@ def main() -> None:
     ]
     rows.append(row_of(FLOOR, floor_runs(settings, args.runs)))
     if args.json:
-        print(json.dumps({"rate_rps": args.rate, "runs": args.runs, "rows": [*map(asdict, rows)]}))
+        found = {
+            "workload": args.workload.name,
+            "rate_rps": args.rate,
+            "requests": args.requests,
+            "runs": args.runs,
+            "load_before": load_before,
+            "rows": [asdict(row) for row in rows],
+        }
+        print(json.dumps(found, indent=1))
     else:
         print(to_text(table(rows, args)))
+        print(f"load average before: {load_before:.1f} on {os.cpu_count()} cores")
 
 
 def row_of(system: str, runs: Sequence[tuple[Report, Report]]) -> Row:
@@ -159,10 +170,17 @@ def floor_runs(settings: Settings, runs: int) -> list[tuple[Report, Report]]:
     import torch
     from transformers import AutoModelForCausalLM
 
-    torch.set_num_threads(len(os.sched_getaffinity(0)))
     model = AutoModelForCausalLM.from_pretrained(CHECKPOINT, dtype=torch.float32).eval()
     workload = settings.workload(None)
-    one_by_one(model, workload.head(4), seed=0)  # warm
+    few = at_once(workload.head(4))
+
+    def seconds(threads: int) -> float:
+        torch.set_num_threads(threads)
+        run = one_by_one(model, few, seed=0)
+        return run.ended_s - run.began_s
+
+    seconds(1)  # warm
+    torch.set_num_threads(min((1, len(os.sched_getaffinity(0))), key=seconds))
     return [
         (
             report_of(one_by_one(model, workload, seed=run), workload, POLICY),

@@ -54,6 +54,7 @@ class Admitted:
     tpot_ms: float = 0.0
     slo_class: str = "default"
     priority: int = 0
+    cache_salt: str = ""
 
     def requests(self) -> list[Request]:
         """One for each of the `n` streams; the first draws as if it were alone."""
@@ -68,6 +69,7 @@ class Admitted:
                 tpot_ms=self.tpot_ms,
                 slo_class=self.slo_class,
                 priority=self.priority,
+                cache_salt=self.cache_salt,
             )
             for index in range(self.n)
         ]
@@ -108,6 +110,7 @@ class Admission:
             tpot_ms=_positive(message, "tpot_ms"),
             slo_class=self._slo_class(message.slo_class),
             priority=_between("priority", message.priority, -(2**31), 2**31 - 1),
+            cache_salt=_cache_salt(message.cache_salt),
         )
 
     async def _prompt(
@@ -265,6 +268,11 @@ def _between(field: str, value: N, low: float, high: float) -> N:
 def _at_most(field: str, size: int, limit: int, unit: str = "entries") -> None:
     if size > limit:
         raise InvalidRequest(field, f"{size} {unit}", f"give at most {limit} {unit}")
+
+
+def _cache_salt(given: str) -> str:
+    _at_most("cache_salt", len(given), MAX_ID_CHARS, "characters")
+    return given
 
 
 def _request_id(given: str) -> str:

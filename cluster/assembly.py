@@ -6,18 +6,21 @@ import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
+from typing import Any
 
 from ..decode_worker.scheduler import DecodeLimits, DecodeScheduler
 from ..decode_worker.worker import DecodeWorker
 from ..engine.blocks import BlockAllocator
 from ..engine.compute import ComputeThread, StepRunner
 from ..engine.layout import KVLayout
+from ..engine.ranks import RankHost
 from ..engine.request import TransferAddress
 from ..engine.spec import load_spec
 from ..engine.step_time_online import OnlineStepTime
 from ..kv_transfer.endpoint import KVEndpoint
 from ..kv_transfer.events import TransferConfig
-from ..kv_transfer.memory import PoolMemory
+from ..kv_transfer.memory import KVMemory, memory_on
+from ..kv_transfer.ranked import Endpoint, RankDoor, RankedEndpoint
 from ..prefill_worker.scheduler import PrefillLimits, PrefillScheduler
 from ..prefill_worker.worker import PrefillWorker
 from .paced import build_paced_runner, pool_bytes_per_s
@@ -34,7 +37,7 @@ class AssembledWorker:
     worker: PrefillWorker | DecodeWorker
     runner: StepRunner
     compute: ComputeThread
-    kv: KVEndpoint
+    kv: Endpoint
     address: TransferAddress
 
     @property
@@ -44,6 +47,10 @@ class AssembledWorker:
     @property
     def decode(self) -> DecodeWorker | None:
         return self.worker if isinstance(self.worker, DecodeWorker) else None
+
+    def check_ranks(self) -> None:
+        """Raises RankLost when the worker cannot go on for want of a rank."""
+        self.compute.runner.check_ranks()
 
     def load(self) -> pb.Load:
         load = self.worker.load()
@@ -63,6 +70,8 @@ class AssembledWorker:
             leases=self.worker.num_transfers,
             steps=self.compute.steps,
             preemptions=load.preemptions,
+            hit_tokens=load.hit_tokens,
+            asked_tokens=load.asked_tokens,
             step_age_s=self.compute.step_age_s(),
         )
 
@@ -79,6 +88,7 @@ class AssembledWorker:
             max_model_len=self.runner.max_model_len,
             max_batch_size=self.spec.decode.max_batch_size if self.spec.decode else 0,
             device=self.spec.pool.device,
+            prefix_cache=self.worker.scheduler.prefix.is_on,
             pairs=[
                 pb.Pair(
                     peer=pb.WorkerRef(name=pair.peer.name, incarnation=pair.peer.incarnation),
@@ -94,15 +104,24 @@ class AssembledWorker:
 
 
 @asynccontextmanager
-async def assemble(spec: WorkerSpec) -> AsyncIterator[AssembledWorker]:
+async def assemble(
+    spec: WorkerSpec, ranks: RankHost | None = None
+) -> AsyncIterator[AssembledWorker]:
     """A worker with its model loaded and its KV endpoint listening, until the block is left.
 
-    Raises InvalidConfig and UnsupportedModel for a checkpoint or sizes that do not work.
+    `ranks` is where the followers of a worker of several ranks come. Raises InvalidConfig and
+    UnsupportedModel for a checkpoint or sizes that do not work, RankLost without a follower.
     """
-    memories: list[PoolMemory] = []
-    runner = _build_runner(spec, memories)
+    memories: list[KVMemory] = []
+    door = None
+    if ranks is not None:
+        door = RankDoor(ranks.host)
+        ranks.note |= {"kv": door.address, "secret": door.secret}
+    runner = _build_runner(spec, memories, ranks)
     compute = ComputeThread(runner)
-    kv = KVEndpoint(spec.worker, runner.layout, memories[0], _transfer_config(spec, runner.layout))
+    config = transfer_config(spec, runner.layout)
+    own = KVEndpoint(spec.worker, runner.layout, memories[0], config)
+    kv = own if door is None else RankedEndpoint(own, door, spec.num_ranks)
     try:
         address = await kv.start()
         worker = _build_worker(spec, compute, kv, address)
@@ -111,13 +130,14 @@ async def assemble(spec: WorkerSpec) -> AsyncIterator[AssembledWorker]:
         )
     finally:
         await kv.close()
+        runner.close()
         compute.close()
         memories[0].close()
 
 
-def _build_runner(spec: WorkerSpec, memories: list[PoolMemory]) -> StepRunner:
-    def allocate(num_bytes: int) -> memoryview:
-        memories.append(PoolMemory(num_bytes))
+def _build_runner(spec: WorkerSpec, memories: list[KVMemory], ranks: RankHost | None) -> StepRunner:
+    def allocate(num_bytes: int) -> Any:
+        memories.append(memory_on(spec.pool.device, num_bytes))
         return memories[-1].buffer
 
     if spec.pool.device == "paced":
@@ -131,25 +151,33 @@ def _build_runner(spec: WorkerSpec, memories: list[PoolMemory]) -> StepRunner:
         sampler=Sampler(model.vocab_size, model.eos_token_ids),
         dtype=spec.model.dtype,
         device=spec.pool.device,
-        threads=spec.pool.threads or None,
+        threads=spec.threads_a_rank or None,
         block_size=spec.kv.block_size,
         max_model_len=spec.model.max_model_len,
         memory_bytes=spec.kv.memory,
+        tensor_parallel=spec.pool.tensor_parallel,
+        pipeline_parallel=spec.pool.pipeline_parallel,
+        section=spec.role,
         allocate=allocate,
+        ranks=ranks,
     )
-    if (
-        not memories
-    ):  # a CUDA pool is the device's own; this one is never touched, so it costs nothing
-        memories.append(PoolMemory(runner.layout.num_bytes))
-    runner.warm_up()
+    try:
+        runner.warm_up()
+    except BaseException:
+        runner.close()
+        raise
     return runner
 
 
 def _build_worker(
-    spec: WorkerSpec, compute: ComputeThread, kv: KVEndpoint, address: TransferAddress
+    spec: WorkerSpec, compute: ComputeThread, kv: Endpoint, address: TransferAddress
 ) -> PrefillWorker | DecodeWorker:
     runner = compute.runner
-    allocator = BlockAllocator(runner.layout.num_blocks, runner.layout.block_size)
+    allocator = BlockAllocator(
+        runner.layout.num_blocks,
+        runner.layout.block_size,
+        prefix_cache=spec.kv.prefix_cache and _prefixes_are_equal(runner),
+    )
     if spec.prefill is not None:
         limits = PrefillLimits(
             max_batch_tokens=spec.prefill.max_batch_tokens,
@@ -183,7 +211,8 @@ def _build_worker(
     )
 
 
-def _transfer_config(spec: WorkerSpec, layout: KVLayout) -> TransferConfig:
+def transfer_config(spec: WorkerSpec, layout: KVLayout) -> TransferConfig:
+    """The KV endpoint's slice of a worker's specification, of any of its ranks."""
     config = TransferConfig(
         transport=spec.transfer.transport,
         lease_s=spec.transfer.lease_s,
@@ -194,3 +223,11 @@ def _transfer_config(spec: WorkerSpec, layout: KVLayout) -> TransferConfig:
         pace = pool_bytes_per_s(spec, layout)
         config = replace(config, small_bytes=0, pace_bytes_per_s=pace)
     return config
+
+
+def _prefixes_are_equal(runner: StepRunner) -> bool:
+    """Whether the KV of equal tokens is equal in every prompt. Dynamic rotary angles depend on
+    the prompt's length as soon as it passes the model's own limit (`engine.rope`)."""
+    model = runner.spec
+    is_dynamic = model.rope is not None and model.rope.type == "dynamic"
+    return not is_dynamic or runner.max_model_len <= model.max_positions

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 
+from ..engine.prefix import PrefixIndex
 from ..engine.report import Failed, FailureCode, Finished
 from ..engine.request import Handoff, TokenLogprobs
 from .proto import worker_pb2 as pb
@@ -26,6 +27,7 @@ class Attachment:
 
     def __init__(self) -> None:
         self.ids: dict[int, str] = {}  # open slots -> sequence ids
+        self._cursor = -1  # how far it knows the prefix cache
         self._unsent = pb.FromWorker()
         self._wake = asyncio.Event()
         self._closed = False
@@ -47,6 +49,7 @@ class Attachment:
                 source=address_to_pb(handoff.source),
                 queue_s=handoff.queue_s,
                 prefill_s=handoff.prefill_s,
+                cached_tokens=handoff.cached_tokens,
                 logprobs=None if logprobs is None else logprobs_to_pb(slot, logprobs),
             )
         )
@@ -60,6 +63,7 @@ class Attachment:
                 prefill_s=finished.prefill_s,
                 transfer_s=finished.transfer_s,
                 preemptions=finished.preemptions,
+                cached_tokens=finished.cached_tokens,
             )
         )
 
@@ -72,6 +76,17 @@ class Attachment:
                 retry_after_s=failed.retry_after_s,
             )
         )
+
+    def prefixes(self, index: PrefixIndex) -> None:
+        """Tell what the prefix cache gained and lost, unless the last such news is unsent."""
+        if self._unsent.HasField("prefixes"):
+            return
+        news = index.news(self._cursor)
+        self._cursor = news.cursor
+        if news.reset or news.added or news.removed:
+            self._unsent.prefixes.reset = news.reset
+            self._unsent.prefixes.added.extend(news.added)
+            self._unsent.prefixes.removed.extend(news.removed)
 
     def flush(self, load: pb.Load) -> None:
         """Send what is unsent, with the worker's load; the load alone is a heartbeat."""

@@ -16,6 +16,8 @@ import contextlib
 import dataclasses
 import json
 import math
+import secrets
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -49,6 +51,7 @@ EXAMPLES = """\
 USUAL_REQUESTS = 4096  # made at once, so that streams of several rates are one, stretched
 MOST_REQUESTS = 100_000
 FEWEST_REQUESTS = 30  # of a trial for goodput
+WARM_UP_TOKENS = 16
 STATUS_S = 5.0
 IDLE_S = 60.0  # longest wait for a cluster to finish what a trial left behind
 POLL_S = 0.1
@@ -68,7 +71,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--attainment", metavar="SHARE", type=float, help="of requests that shall meet both [0.9]")
     add("--timeout-s", metavar="S", type=float, default=120.0, help="deadline of a request [120]")
     add("--max-time-s", metavar="S", type=float, default=600.0, help="for --find-goodput [600]")
-    add("--seed", metavar="N", type=int, default=0, help="arrivals, lengths and prompts [0]")
+    add("--seed", metavar="N", type=_seed, default=0, help="of arrivals and lengths [0]")
+    add(
+        "--prompt-seed",
+        metavar="N",
+        type=_seed,
+        help="of prompts' token ids [new ones each time: the cluster may keep KV of earlier ones]",
+    )
     add("--json", action="store_true", help="print every figure as one JSON object")
 
 
@@ -84,6 +93,7 @@ class Settings:
     timeout_s: float = 120.0
     max_time_s: float = 600.0
     seed: int = 0
+    prompt_seed: int = 0
 
     def workload(self, rate_rps: float | None, *, fewest: int = 1) -> Workload:
         """One seed's requests at a rate; a shorter stream is the head of a longer one."""
@@ -99,7 +109,11 @@ class Settings:
 
 
 def run(args: argparse.Namespace) -> int:
-    return asyncio.run(_bench(args))
+    try:
+        return asyncio.run(_bench(args))
+    except KeyboardInterrupt:  # what is under way is cancelled, which frees its blocks
+        print("interrupted", file=sys.stderr)
+        return EXIT_RUNTIME
 
 
 def settings_of(args: argparse.Namespace) -> Settings:
@@ -122,7 +136,15 @@ def settings_of(args: argparse.Namespace) -> Settings:
         timeout_s=args.timeout_s,
         max_time_s=args.max_time_s,
         seed=args.seed,
+        prompt_seed=secrets.randbits(32) if args.prompt_seed is None else args.prompt_seed,
     )
+
+
+def _seed(text: str) -> int:
+    value = int(text)
+    if value < 0:
+        raise ValueError("a seed is not negative")
+    return value
 
 
 def _policy(args: argparse.Namespace, file: SloPolicy | None) -> SloPolicy:
@@ -156,6 +178,8 @@ class Bench:
         """Requests one at a time: connections are open and kernels compiled after them."""
         if self.settings.warm_up:
             workload = self.settings.workload(None).head(self.settings.warm_up)
+            short = np.minimum(workload.output_tokens, WARM_UP_TOKENS)
+            workload = replace(workload, output_tokens=short)
             for row in range(workload.num_requests):
                 one = workload.take(np.array([row]))
                 await self._offer(one, lambda _: True)
@@ -197,7 +221,7 @@ class Bench:
             workload,
             settings.policy,
             vocab_size=self._vocab_size,
-            seed=settings.seed + 1_000_003 * self._loads,
+            seed=settings.prompt_seed + 1_000_003 * self._loads,
             timeout_s=settings.timeout_s,
         )
         arrival_s = workload.arrival_s.tolist()
@@ -257,6 +281,7 @@ def _asked(args: argparse.Namespace, settings: Settings) -> dict[str, Any]:
         "workload": str(args.workload),
         "asked_rps": args.rate,
         "seed": settings.seed,
+        "prompt_seed": settings.prompt_seed,
         "slo": dataclasses.asdict(settings.policy),
     }
 

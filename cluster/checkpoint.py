@@ -8,6 +8,7 @@ from pathlib import Path
 
 from ..configs.errors import InvalidConfig
 from ..configs.schema import ClusterConfig
+from ..engine.shard_plan import Shard, plan_shards
 from ..engine.spec import ModelSpec, load_spec
 from .paced import check_paced, paced_token_bytes
 
@@ -24,6 +25,7 @@ def resolve(config: ClusterConfig) -> ClusterConfig:
     for pool in (config.prefill, config.decode) if paced else ():
         check_paced(config.model, config.paced, pool.tensor_parallel)
     spec = load_spec(path)
+    _check_splits(config, spec)
     limit = position_limit(spec)
     asked = config.model.max_model_len
     if limit is not None and asked > limit:
@@ -74,7 +76,25 @@ def _token_bytes(config: ClusterConfig, spec: ModelSpec) -> int:
     if config.decode.device == "paced":
         return paced_token_bytes(config.model, config.paced)
     dtype = spec.dtype if config.model.dtype == "auto" else config.model.dtype
-    return spec.kv_bytes_per_token(dtype)
+    return max(
+        sum(shard.kv_bytes_per_token(spec, dtype) for shard in shards)
+        for shards in _check_splits(config, spec)
+    )
+
+
+def _check_splits(config: ClusterConfig, spec: ModelSpec) -> list[tuple[Shard, ...]]:
+    """Each pool's split of the model. Raises InvalidConfig for one that it does not allow."""
+    prefill = [("prefill", config.prefill)] if config.prefill.replicas else []
+    return [
+        plan_shards(
+            spec,
+            tensor_parallel=pool.tensor_parallel,
+            pipeline_parallel=pool.pipeline_parallel,
+            section=name,
+        )
+        for name, pool in (*prefill, ("decode", config.decode))
+        if pool.device != "paced"
+    ]
 
 
 def _check_files(path: Path, *, with_weights: bool) -> None:

@@ -28,6 +28,7 @@ COMMANDS = {
     "demo": Entry("demo", "launch a small cluster here, stream some prompts, show their timelines"),
     "serve": Entry("serve", "launch a cluster file and stay until told to stop"),
     "validate": Entry("validate", "check a cluster file and its checkpoint, start nothing"),
+    "plan": Entry("plan", "find the placement that meets latency targets, write its cluster file"),
     "generate": Entry("generate", "stream one completion from a running cluster"),
     "status": Entry("status", "show a running cluster: its workers, blocks and requests"),
     "bench": Entry("bench", "offer load to a running cluster: latency, attainment, goodput"),
@@ -91,7 +92,7 @@ def _front_page() -> argparse.ArgumentParser:
         "  phasewise serve configs/local.yaml\n"
         '  phasewise generate "def main(" --address 127.0.0.1:50051\n\n'
         "phasewise COMMAND --help tells all about one of them.\n"
-        "exit codes: 0 done, 1 failed while running, 2 input to be mended",
+        "exit codes: 0 done, 1 failed while running, 2 input to be mended, 3 no plan is feasible",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"phasewise {__version__}")

@@ -192,6 +192,7 @@ def output_from_pb(message: pb.GenerateResponse) -> Output:
         usage=Usage(
             prompt_tokens=message.usage.prompt_tokens,
             completion_tokens=message.usage.completion_tokens,
+            cached_tokens=message.usage.cached_tokens,
         )
         if message.HasField("usage")
         else None,

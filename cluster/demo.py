@@ -134,6 +134,7 @@ async def _stream_all(client: AsyncClient, streams: list[Stream], max_tokens: in
         await asyncio.gather(
             *(_stream(client, stream, max_tokens, live=None) for stream in streams)
         )
+        print(to_text(Group(Text("\nWhat came of each prompt:"), _texts(streams))))
         return
     with Live(_texts(streams), console=console, refresh_per_second=20) as live:
 
@@ -161,7 +162,7 @@ async def _stream(
             live[0].update(_texts(live[1]))
             continue
         line, since = line + output.text, since + len(output.token_ids)
-        if since >= LINE_TOKENS or output.finish_reason:
+        if line and (since >= LINE_TOKENS or output.finish_reason):
             print(f"[{stream.number}] {line!r}", flush=True)
             line, since = "", 0
 

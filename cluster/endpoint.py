@@ -17,6 +17,7 @@ from collections.abc import AsyncIterator
 
 import grpc
 
+from ..engine.ranks import RankHost
 from ..engine.report import Failed, FailureCode, Report
 from .assembly import AssembledWorker, assemble
 from .attachment import Attachment
@@ -95,6 +96,13 @@ class WorkerService(pb_grpc.WorkerServicer):
         for failed in report.failed:
             self._fail(failed)
         self.beat()
+
+    def advertise(self) -> None:
+        """Have gateways know what the prefix cache holds."""
+        index = self.worker.scheduler.prefix.allocator.prefixes
+        if index is not None:
+            for attachment in self._attachments:
+                attachment.prefixes(index)
 
     def beat(self) -> None:
         """Flush what is unsent; a message without tokens is a heartbeat."""
@@ -186,8 +194,10 @@ class WorkerService(pb_grpc.WorkerServicer):
 class WorkerServer:
     """One worker on a thread and event loop of its own."""
 
-    def __init__(self, spec: WorkerSpec) -> None:
+    def __init__(self, spec: WorkerSpec, ranks: RankHost | None = None) -> None:
+        """`ranks` is where the followers of a worker of several ranks come."""
         self.spec = spec
+        self._ranks = ranks
         self._started = threading.Event()
         self._stopping: asyncio.Event
         self._drain_s = 0.0
@@ -231,7 +241,7 @@ class WorkerServer:
     async def _serve(self) -> None:
         self._loop = asyncio.get_running_loop()
         self._stopping = asyncio.Event()
-        async with assemble(self.spec) as assembled:
+        async with assemble(self.spec, self._ranks) as assembled:
             service = WorkerService(assembled)
             server = grpc.aio.server(options=GRPC_OPTIONS)
             pb_grpc.add_WorkerServicer_to_server(service, server)
@@ -270,7 +280,9 @@ class WorkerServer:
     async def _heartbeat(self, service: WorkerService) -> None:
         while True:
             await asyncio.sleep(self.spec.heartbeat_s)
+            service.assembled.check_ranks()
             service.worker.sweep()
+            service.advertise()
             service.beat()
 
     async def _drain(self, service: WorkerService) -> None:

@@ -72,7 +72,8 @@ class Worker:
             self.outstanding_tokens -= num_tokens
             self.requests -= 1
 
-    def view(self) -> WorkerView:
+    def view(self, names: Sequence[int] = ()) -> WorkerView:
+        """As a policy sees it for a prompt whose full blocks are called `names`."""
         assert self.link is not None, "only workers that are ready are looked at"
         load, description = self.link.load, self.link.description
         reported = load.queued_tokens + (load.context_tokens if self.role == "decode" else 0)
@@ -80,7 +81,8 @@ class Worker:
             name=self.name,
             outstanding_tokens=max(reported, self.outstanding_tokens),
             requests=self.requests,
-            free_blocks=load.blocks.free,
+            cached_tokens=self.link.prefixes.count(names) * description.block_size,
+            free_blocks=load.blocks.free + load.blocks.cached,
             total_blocks=load.blocks.total,
             max_batch_size=description.max_batch_size,
         )
@@ -186,7 +188,7 @@ def _described(row: front.WorkerStatus, link: WorkerLink, now_s: float) -> front
         setattr(row, f"blocks_{kind}", getattr(load.blocks, kind))
     for name in (
         *("running", "waiting", "queued_tokens", "context_tokens", "leases"),
-        *("steps", "preemptions", "step_age_s"),
+        *("steps", "preemptions", "step_age_s", "hit_tokens", "asked_tokens"),
     ):
         setattr(row, name, getattr(load, name))
     row.heartbeat_age_s = now_s - link.last_heard_s

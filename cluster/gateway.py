@@ -46,7 +46,7 @@ _NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 class GatewaySettings:
     grpc_address: str  # "host:port"; port 0: any free one
     http_address: str | None = None
-    policy: str = "least_outstanding_tokens"  # for both pools
+    policy: str = "prefix_aware"  # for both pools
     router: RouterLimits = field(default_factory=RouterLimits)
     admission: AdmissionLimits = field(default_factory=AdmissionLimits)
     times: LinkTimes = field(default_factory=LinkTimes)

@@ -73,6 +73,7 @@ def output_to_pb(output: Output) -> pb.GenerateResponse:
     if output.usage is not None:
         message.usage.prompt_tokens = output.usage.prompt_tokens
         message.usage.completion_tokens = output.usage.completion_tokens
+        message.usage.cached_tokens = output.usage.cached_tokens
     if (timings := output.timings) is not None:
         message.timings.CopyFrom(
             pb.Timings(

@@ -14,8 +14,9 @@ import logging
 import os
 import secrets
 import socket
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any, TypeVar
 
 from ..configs.errors import InvalidConfig
@@ -27,7 +28,7 @@ from .reaper import Reaper
 from .resources import Resources, check_room, resources_here
 from .run_folder import RunFolder
 from .spec import WorkerSpec
-from .worker_actor import LaunchError, Refused, Started, WorkerActor
+from .worker_actor import FollowerActor, LaunchError, Refused, Started, WorkerActor
 
 # Read by Ray when it is imported, and by the processes that it starts.
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -61,13 +62,16 @@ class PlacedWorker(WorkerActor):
     def start_on_node(self) -> Started | Refused:
         return self.start(ray.util.get_node_ip_address())
 
+    def listen_on_node(self) -> str:
+        return self.listen(ray.util.get_node_ip_address())
+
 
 class RayLauncher:
     """Opened once, closed once. Calls that block run on one thread, which lives as long as the
     Ray that it started: the kernel ends Ray's processes with the thread that made them."""
 
-    def __init__(self, config: RayConfig, asked: Mapping[str, Resources]) -> None:
-        """`asked` is what each worker takes, by its name."""
+    def __init__(self, config: RayConfig, asked: Mapping[str, Sequence[Resources]]) -> None:
+        """`asked` is what each rank of each worker takes, by the worker's name."""
         self._address = config.address
         self._asked = asked
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="ray")
@@ -77,6 +81,8 @@ class RayLauncher:
         self._groups: dict[str, PlacementGroup] = {}
         self._actors: dict[WorkerId, Any] = {}
         self._processes: dict[WorkerId, Process] = {}  # of workers on this machine
+        self._followers: dict[WorkerId, list[Any]] = {}  # actors of the ranks above 0
+        self._followed: dict[WorkerId, list[Process]] = {}  # theirs, on this machine
 
     async def open(self, connected: Callable[[], None]) -> None:
         """A Ray with a place for every worker; `connected` is called as soon as Ray runs.
@@ -121,14 +127,19 @@ class RayLauncher:
         this returns if it was on this machine; else Ray has been told. Idempotent."""
         actor = self._actors.pop(worker, None)
         process = self._processes.pop(worker, None)
+        followers = self._followers.pop(worker, [])
+        ending = self._followed.pop(worker, [])
         if actor is None:
             return
         if drain_s:
             with contextlib.suppress(RayError, TimeoutError):  # it is ended below in any case
                 await asyncio.wait_for(_result(actor.stop.remote(drain_s)), drain_s + END_S)
-        await self._run(lambda: ray.kill(actor, no_restart=True))
+        for part in (actor, *followers):
+            await self._run(partial(ray.kill, part, no_restart=True))
         if process is not None:
-            await asyncio.to_thread(processes.end, [process], within_s=KILL_S)
+            ending.append(process)
+        if ending:
+            await asyncio.to_thread(processes.end, ending, within_s=KILL_S)
 
     async def close(self) -> None:
         """End every worker and the Ray that was started here, with all it wrote. Idempotent."""
@@ -144,7 +155,10 @@ class RayLauncher:
         return await asyncio.get_running_loop().run_in_executor(self._thread, call)
 
     async def _start(self, spec: WorkerSpec) -> Started:
-        actor = self._actors[spec.worker] = await self._run(lambda: self._create(spec))
+        create = partial(self._create, spec, 0, PlacedWorker, spec)
+        actor = self._actors[spec.worker] = await self._run(create)
+        if spec.num_ranks > 1:
+            await self._start_followers(spec, actor)
         start = actor.start if self._address is None else actor.start_on_node
         try:
             answer = await _result(start.remote())
@@ -158,18 +172,37 @@ class RayLauncher:
             raise InvalidConfig(answer.key, answer.reason, answer.remedy)
         raise LaunchError(f"{spec.worker} did not start: {answer.reason}")
 
-    def _create(self, spec: WorkerSpec) -> Any:
-        asked = self._asked[spec.worker.name]
+    async def _start_followers(self, spec: WorkerSpec, leader: Any) -> None:
+        """Raises LaunchError. What becomes of them later is the leader's to tell."""
+        listen = leader.listen if self._address is None else leader.listen_on_node
+        followers = self._followers[spec.worker] = []
+        try:
+            address = await _result(listen.remote())
+            for rank in range(1, spec.num_ranks):
+                create = partial(self._create, spec, rank, FollowerActor, spec, rank)
+                followers.append(await self._run(create))
+            for where in [await _result(follower.where.remote()) for follower in followers]:
+                process = processes.find(where.pid) if where.host == socket.gethostname() else None
+                if process is not None:
+                    self._followed.setdefault(spec.worker, []).append(process)
+            for follower in followers:
+                follower.follow.remote(address)
+        except RayError as error:
+            raise LaunchError(f"{spec.worker} did not start: {_first_line(error)}") from error
+
+    def _create(self, spec: WorkerSpec, rank: int, kind: type, *arguments: Any) -> Any:
+        """An actor of a worker's rank, in that rank's place."""
+        asked = self._asked[spec.worker.name][rank]
         options: dict[str, Any] = {
             "num_cpus": asked["CPU"],
             "num_gpus": asked.get("GPU", 0.0),
             "max_concurrency": 3,  # start, wait and stop
             "max_restarts": 0,  # the supervisor's: a restarted worker is a new incarnation
             "scheduling_strategy": PlacementGroupSchedulingStrategy(
-                self._groups[spec.worker.name], placement_group_bundle_index=0
+                self._groups[spec.worker.name], placement_group_bundle_index=rank
             ),
         }
-        return ray.remote(PlacedWorker).options(**options).remote(spec)
+        return ray.remote(kind).options(**options).remote(*arguments)
 
     def _start_ray(self, has: Mapping[str, float]) -> None:
         self._others = set(processes.descendants(os.getpid()))
@@ -197,7 +230,9 @@ class RayLauncher:
     def _place(self) -> None:
         """A group each, all or none."""
         for name, asked in self._asked.items():
-            self._groups[name] = placement_group([dict(asked)], strategy="STRICT_PACK")
+            self._groups[name] = placement_group(
+                [dict(rank) for rank in asked], strategy="STRICT_PACK"
+            )
         for name, group in self._groups.items():
             if not group.wait(PLACE_S):
                 raise InvalidConfig(

@@ -7,12 +7,16 @@ from collections.abc import Iterable
 
 from prometheus_client import CollectorRegistry, Histogram, generate_latest
 from prometheus_client import Counter as PrometheusCounter
-from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 from .fleet import Fleet, WorkerState
 from .output import Timings, Usage
 
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
+PREFIX_COUNTERS = {
+    "hit_tokens": "Tokens that the prefix cache saved computing",
+    "asked_tokens": "Tokens of prompts and preempted sequences that came to be computed",
+}
 WORKER_GAUGES = ("running", "waiting", "queued_tokens", "context_tokens", "leases", "step_age_s")
 BLOCK_STATES = ("free", "active", "cached", "leased")
 
@@ -26,6 +30,7 @@ class Metrics:
         self.output_tokens = self.failovers = self.local_prefills = 0
         self._ended = self._counter("requests", "Streams ended, by outcome", ("outcome",))
         self._output = self._counter("output_tokens", "Tokens delivered to clients")
+        self._cached = self._counter("cached_tokens", "Prompt tokens found in a prefix cache")
         self._prompt = self._counter("prompt_tokens", "Prompt tokens of streams that ended well")
         self._failovers = self._counter("failovers", "Streams continued elsewhere", ("cause",))
         self._local = self._counter(
@@ -51,6 +56,7 @@ class Metrics:
         if usage.completion_tokens:
             self._ttft.observe(timings.ttft_ms / 1e3)
             self._prompt.inc(usage.prompt_tokens)
+            self._cached.inc(usage.cached_tokens)
             self._e2e.observe(timings.e2e_ms / 1e3)
         if usage.completion_tokens > 1:
             self._tpot.observe(timings.tpot_ms / 1e3)
@@ -85,6 +91,10 @@ class _FleetCollector:
             name: GaugeMetricFamily(f"phasewise_worker_{name}", f"Load: {name}", labels=labels)
             for name in WORKER_GAUGES
         }
+        counters = {
+            name: CounterMetricFamily(f"phasewise_worker_prefix_{name}", text, labels=labels)
+            for name, text in PREFIX_COUNTERS.items()
+        }
         for worker in self._fleet.workers:
             who = (worker.name, worker.role)
             up.add_metric(who, float(worker.state == WorkerState.READY))
@@ -95,4 +105,6 @@ class _FleetCollector:
                 blocks.add_metric((*who, state), getattr(worker.link.load.blocks, state))
             for name, family in loads.items():
                 family.add_metric(who, getattr(worker.link.load, name))
-        return (up, slots, blocks, *loads.values())
+            for name, family in counters.items():
+                family.add_metric(who, getattr(worker.link.load, name))
+        return (up, slots, blocks, *loads.values(), *counters.values())

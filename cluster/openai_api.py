@@ -23,7 +23,7 @@ SCALARS: dict[str, type] = {
     **dict.fromkeys(("temperature", "top_p", "min_p", "repetition_penalty"), float),
     **dict.fromkeys(("presence_penalty", "frequency_penalty"), float),
     **dict.fromkeys(("ttft_ms", "tpot_ms", "timeout_s"), float),
-    **dict.fromkeys(("slo_class", "request_id"), str),
+    **dict.fromkeys(("slo_class", "request_id", "cache_salt"), str),
     "ignore_eos": bool,
 }
 BOTH = {*SCALARS, "stop", "stop_token_ids", "logit_bias", "logprobs", "model", "return_token_ids"}
@@ -115,7 +115,7 @@ def choice(output: Output, call: Call, served: ServedModel, *, first: bool) -> d
     return entry
 
 
-def usage(usages: list[Usage]) -> dict[str, int]:
+def usage(usages: list[Usage]) -> dict[str, Any]:
     """Of all streams of one request; the prompt counts once."""
     prompt = usages[0].prompt_tokens if usages else 0
     completion = sum(u.completion_tokens for u in usages)
@@ -123,6 +123,7 @@ def usage(usages: list[Usage]) -> dict[str, int]:
         "prompt_tokens": prompt,
         "completion_tokens": completion,
         "total_tokens": prompt + completion,
+        "prompt_tokens_details": {"cached_tokens": usages[0].cached_tokens if usages else 0},
     }
 
 

@@ -11,6 +11,7 @@ from ..engine.request import TokenLogprobs
 class Usage:
     prompt_tokens: int
     completion_tokens: int
+    cached_tokens: int = 0  # of the prompt: its first worker had them in its prefix cache
 
     @property
     def total_tokens(self) -> int:

@@ -79,7 +79,8 @@ def profile_of(
 ) -> tuple[StepProfile, list[Step]]:
     """Measure both phases, and the steps that were too slow to be measured.
 
-    Raises InvalidConfig for pools whose hardware differs: a profile is of one.
+    Raises InvalidConfig for pools whose hardware differs (a profile is of one kind) and for
+    workers of several devices.
     """
     specs = _specs(config)
     devices = {(spec.pool.device, spec.pool.threads) for spec in specs.values()}
@@ -90,6 +91,12 @@ def profile_of(
             "set both pools alike, as in --set decode.threads=1 --set prefill.threads=1",
         )
     spec = specs["decode"]
+    if spec.pool.tensor_parallel * spec.pool.pipeline_parallel > 1:
+        raise InvalidConfig(
+            "decode.tensor_parallel, decode.pipeline_parallel",
+            "a profile is measured on one device",
+            "set both to 1, as in --set decode.tensor_parallel=1",
+        )
     runner = _runner(spec)
     steps = _steps(config, runner, quick=quick)
     timed, left_out = _measure(runner, steps, within_s)

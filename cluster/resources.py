@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from ..configs.errors import InvalidConfig
 from ..configs.schema import ClusterConfig, DecodeConfig, PrefillConfig
 from ..engine.request import WorkerId
-from .spec import WorkerSpec
+from .spec import WorkerSpec, num_ranks
 
 SHARE = 0.25  # of a CPU, asked by a worker that shares cores or computes elsewhere
 PACED_SHARE = 0.05  # by a worker that sleeps through its steps
@@ -46,10 +46,10 @@ def worker_specs(config: ClusterConfig, cores: int) -> list[WorkerSpec]:
     return prefills + decodes
 
 
-def worker_resources(config: ClusterConfig) -> dict[str, Resources]:
-    """What each worker asks, by its name."""
+def worker_resources(config: ClusterConfig) -> dict[str, list[Resources]]:
+    """What each worker asks, by its name: an entry for each of its ranks."""
     return {
-        name: _asks(pool)
+        name: [_asks(pool)] * num_ranks(pool)
         for role, pool in (("prefill", config.prefill), ("decode", config.decode))
         for name in _names(role, pool)
     }
@@ -65,12 +65,12 @@ def resources_here() -> Resources:
     return {"CPU": float(len(os.sched_getaffinity(0))), "GPU": float(gpus)}
 
 
-def check_room(asked: Mapping[str, Resources], has: Resources) -> None:
+def check_room(asked: Mapping[str, Sequence[Resources]], has: Resources) -> None:
     """Raises InvalidConfig when the workers together ask for more than there is."""
     for kind in ("GPU", "CPU"):
-        count = sum(resources.get(kind, 0.0) for resources in asked.values())
+        count = sum(rank.get(kind, 0.0) for ranks in asked.values() for rank in ranks)
         if count > has.get(kind, 0.0) + 1e-6:
-            roles = {name.rpartition("-")[0] for name in asked if kind in asked[name]}
+            roles = {name.rpartition("-")[0] for name in asked if kind in asked[name][0]}
             raise InvalidConfig(
                 " and ".join(f"{role}.replicas" for role in sorted(roles, reverse=True)),
                 f"{len(asked)} workers ask for {count:g} {kind}, Ray has {has.get(kind, 0.0):g}",
@@ -89,7 +89,7 @@ def _asks(pool: PrefillConfig | DecodeConfig) -> Resources:
         return {"GPU": 1.0, "CPU": SHARE}
     if pool.device == "paced":
         return {"CPU": PACED_SHARE}
-    return {"CPU": float(pool.threads) if pool.threads else SHARE}
+    return {"CPU": pool.threads / num_ranks(pool) if pool.threads else SHARE}
 
 
 def _remedy(kind: str) -> str:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -22,8 +22,9 @@ from ..engine.errors import (
     PhasewiseError,
     Unavailable,
 )
+from ..engine.prefix import extend_hashes
 from ..engine.request import FinishReason, Request
-from ..engine.routing import LeastOutstandingTokens, Policy
+from ..engine.routing import LeastOutstandingTokens, Policy, PrefixAware
 from . import wire
 from .admission import Admitted
 from .fleet import Fleet, Worker
@@ -51,6 +52,7 @@ class Route:
 
     prefill: Worker | None
     decode: Worker
+    names: Sequence[int]  # of the prompt's full blocks, for policies that look at caches
 
 
 class Router:
@@ -202,29 +204,46 @@ class Router:
     def _pick(self, request: Request, avoid: set[str], error: PhasewiseError | None) -> Route:
         """Raises Unavailable when no ready workers can serve, and the last worker's Overloaded
         when there is no other."""
-        return Route(
-            self._pick_prefill(request, avoid, error),
-            self._choose("decode", self._decode_policy, request, avoid, error),
-        )
+        names = self._names(request)
+        decode = self._choose("decode", self._decode_policy, request, names, avoid, error)
+        if self._prefills_locally(request, names, decode):
+            return Route(None, decode, names)
+        prefill = self._choose("prefill", self._prefill_policy, request, names, avoid, error)
+        return Route(prefill, decode, names)
 
-    def _pick_prefill(
-        self, request: Request, avoid: set[str], error: PhasewiseError | None
-    ) -> Worker | None:
+    def _names(self, request: Request) -> Sequence[int]:
+        """Of the full blocks of a prompt, where a policy asks who has them."""
+        if not isinstance(self._prefill_policy, PrefixAware):
+            return ()
+        for worker in (*self.fleet.ready("prefill"), *self.fleet.ready("decode")):
+            description = worker.link.description if worker.link is not None else None
+            if description is not None and description.prefix_cache:
+                size = description.block_size
+                return extend_hashes([], request.token_ids, size, request.cache_salt)
+        return ()
+
+    def _prefills_locally(self, request: Request, names: Sequence[int], decode: Worker) -> bool:
         mode = self.limits.local_prefill
-        if mode == "always":
-            return None
-        if mode == "auto":
-            short = request.num_tokens <= self.limits.local_prefill_tokens
-            if short or not self.fleet.ready("prefill"):
-                self._metrics.count_local_prefill("short" if short else "no_prefill_worker")
-                return None
-        return self._choose("prefill", self._prefill_policy, request, avoid, error)
+        if mode != "auto":
+            return mode == "always"
+        cause = ""
+        if request.num_tokens <= self.limits.local_prefill_tokens:
+            cause = "short"
+        elif not self.fleet.ready("prefill"):
+            cause = "no_prefill_worker"
+        elif names:
+            left = request.num_tokens - decode.view(names).cached_tokens
+            cause = "cached" if left <= self.limits.local_prefill_tokens else ""
+        if cause:
+            self._metrics.count_local_prefill(cause)
+        return bool(cause)
 
     def _choose(
         self,
         role: str,
         policy: Policy,
         request: Request,
+        names: Sequence[int],
         avoid: set[str],
         error: PhasewiseError | None = None,
     ) -> Worker:
@@ -235,7 +254,7 @@ class Router:
         if not fresh and isinstance(error, Overloaded):
             raise error
         candidates = fresh or ready
-        return candidates[policy.choose([w.view() for w in candidates], request.num_tokens)]
+        return candidates[policy.choose([w.view(names) for w in candidates], request.num_tokens)]
 
     async def _attempt(
         self, stream: TokenStream, request: Request, route: Route, deadline_s: float
@@ -271,6 +290,7 @@ class Router:
     def _take_first(self, stream: TokenStream, handoff: pb.Handoff) -> None:
         """TTFT never waits for the KV transfer."""
         stream.queue_s, stream.prefill_s = handoff.queue_s, handoff.prefill_s
+        _note_cached(stream, handoff)
         beside = handoff.logprobs if handoff.HasField("logprobs") else None
         stream.push(handoff.first_token, None if beside is None else wire.logprobs_from_pb(beside))
         if stream.is_complete:
@@ -282,7 +302,7 @@ class Router:
         if handoff.granted:
             return route.decode if route.decode.state in ("ready", "draining") else None
         try:
-            return self._choose("decode", self._decode_policy, request, set())
+            return self._choose("decode", self._decode_policy, request, route.names, set())
         except Unavailable:
             return None
 
@@ -325,9 +345,16 @@ def _transfer_address(worker: Worker) -> pb.TransferAddress:
     return worker.link.description.transfer
 
 
+def _note_cached(stream: TokenStream, said: pb.Handoff | pb.Finished) -> None:
+    """Of the client's own prompt, by the first worker that computed it."""
+    if stream.cached_tokens is None:
+        stream.cached_tokens = min(said.cached_tokens, stream.request.num_prompt_tokens)
+
+
 def _finish(stream: TokenStream, finished: pb.Finished) -> None:
     if stream.local_prefill:
         stream.queue_s, stream.prefill_s = finished.queue_s, finished.prefill_s
+        _note_cached(stream, finished)
     stream.transfer_s = finished.transfer_s
     stream.preemptions += finished.preemptions
     stream.finish(FinishReason(finished.reason))

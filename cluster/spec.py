@@ -40,8 +40,23 @@ class WorkerSpec:
         return "prefill" if self.prefill is not None else "decode"
 
     @property
+    def num_ranks(self) -> int:
+        """Processes that hold the worker's model together; a paced one only pretends."""
+        return num_ranks(self.pool)
+
+    @property
+    def threads_a_rank(self) -> int:
+        """0: as many as there are cores."""
+        return max(1, self.pool.threads // self.num_ranks) if self.pool.threads else 0
+
+    @property
     def pool(self) -> PrefillConfig | DecodeConfig:
         """The role's slice."""
         pool = self.prefill or self.decode
         assert pool is not None, "a worker has a role"
         return pool
+
+
+def num_ranks(pool: PrefillConfig | DecodeConfig) -> int:
+    """Processes of each of a pool's workers."""
+    return 1 if pool.device == "paced" else pool.tensor_parallel * pool.pipeline_parallel

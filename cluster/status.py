@@ -77,7 +77,7 @@ def _workers(status: pb.ClusterStatus) -> Table:
     table = Table(box=None, pad_edge=False, header_style="bold")
     for name in ("worker", "state", "device", "address", "pid"):
         table.add_column(name, no_wrap=name != "state")
-    for name in ("blocks", "run", "wait", "leases", "preempted", "restarts"):
+    for name in ("blocks", "cached", "hits", "run", "wait", "leases", "preempted", "restarts"):
         table.add_column(name, justify="right")
     table.add_column("transfers")
     for row in status.workers:
@@ -91,6 +91,8 @@ def _workers(status: pb.ClusterStatus) -> Table:
             row.address,
             str(row.pid),
             f"{row.blocks_active + row.blocks_leased}/{row.blocks_total}",
+            str(row.blocks_cached),
+            f"{row.hit_tokens / row.asked_tokens:.0%}" if row.asked_tokens else "-",
             *(str(n) for n in (row.running, row.waiting, row.leases)),
             *(str(n) for n in (row.preemptions, row.restarts)),
             "; ".join(_pair(pair) for pair in row.pairs) or "-",

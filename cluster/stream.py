@@ -42,6 +42,7 @@ class TokenStream:
         self.workers: list[str] = []
         self.queue_s = self.prefill_s = self.transfer_s = 0.0
         self.failovers = self.preemptions = 0
+        self.cached_tokens: int | None = None  # of the prompt; not known yet
         self.local_prefill = False
         self.first_s: float | None = None
         self.last_s = self.end_s = 0.0
@@ -139,7 +140,9 @@ class TokenStream:
 
     def usage(self) -> Usage:
         return Usage(
-            prompt_tokens=self.request.num_prompt_tokens, completion_tokens=len(self.token_ids)
+            prompt_tokens=self.request.num_prompt_tokens,
+            completion_tokens=len(self.token_ids),
+            cached_tokens=self.cached_tokens or 0,
         )
 
     def timings(self) -> Timings:

@@ -57,6 +57,7 @@ def request_to_pb(request: Request, *, now_s: float, deadline_s: float) -> pb.Re
         tpot_ms=request.tpot_ms,
         slo_class=request.slo_class,
         priority=request.priority,
+        cache_salt=request.cache_salt,
         deadline_s=max(1e-3, deadline_s - now_s) if deadline_s else 0.0,
     )
 
@@ -73,6 +74,7 @@ def request_from_pb(message: pb.Request, *, now_s: float) -> Request:
         tpot_ms=message.tpot_ms,
         slo_class=message.slo_class,
         priority=message.priority,
+        cache_salt=message.cache_salt,
     )
 
 
@@ -82,6 +84,7 @@ def address_to_pb(address: TransferAddress) -> pb.TransferAddress:
         host_id=address.host_id,
         shm=address.shm,
         tcp=address.tcp,
+        ranks=[address_to_pb(rank) for rank in address.ranks],
     )
 
 
@@ -91,6 +94,7 @@ def address_from_pb(message: pb.TransferAddress) -> TransferAddress:
         host_id=message.host_id,
         shm=message.shm,
         tcp=message.tcp,
+        ranks=tuple(address_from_pb(rank) for rank in message.ranks),
     )
 
 

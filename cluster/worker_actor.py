@@ -17,6 +17,7 @@ from ..configs.errors import InvalidConfig, PhasewiseError
 from .spec import WorkerSpec
 
 if TYPE_CHECKING:
+    from ..engine.ranks import RankHost
     from .endpoint import WorkerServer
 
 POLL_S = 0.1
@@ -56,13 +57,15 @@ class WorkerActor:
     def __init__(self, spec: WorkerSpec) -> None:
         self.spec = spec
         self._server: WorkerServer | None = None
-        pool = spec.prefill or spec.decode
-        assert pool is not None, "a worker has a role"
-        for variable in THREAD_VARIABLES if pool.threads else ():
-            os.environ[variable] = str(pool.threads)
-        # A thread that waits for the next step must not spin on a core that another worker needs.
-        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-        threading.Thread(target=_die_with_parent, args=(os.getppid(),), daemon=True).start()
+        self._ranks: RankHost | None = None
+        _settle(spec)
+
+    def listen(self, host: str | None = None) -> str:
+        """Where the followers of a worker of several ranks shall come, before `start`."""
+        from ..engine.ranks import RankHost
+
+        self._ranks = RankHost(host or self.spec.host)
+        return self._ranks.address
 
     def start(self, host: str | None = None) -> Started | Refused:
         """Load and listen on `host`, or on what the spec says."""
@@ -70,7 +73,7 @@ class WorkerActor:
         try:
             from .endpoint import WorkerServer
 
-            self._server = WorkerServer(spec)
+            self._server = WorkerServer(spec, self._ranks)
             address = self._server.start()
         except InvalidConfig as error:  # as values: named errors do not survive pickling
             return Refused(key=error.where, reason=error.reason, remedy=error.remedy)
@@ -90,6 +93,38 @@ class WorkerActor:
     def stop(self, drain_s: float) -> None:
         if self._server is not None:
             self._server.stop(drain_s)
+
+
+class FollowerActor:
+    """The process of a rank above 0. `follow` returns when its leader has ended."""
+
+    def __init__(self, spec: WorkerSpec, rank: int) -> None:
+        self.spec = spec
+        self.rank = rank
+        _settle(spec)
+
+    def where(self) -> Started:
+        """The process, before it does anything."""
+        return Started(address="", pid=os.getpid(), host=socket.gethostname())
+
+    def follow(self, address: str) -> str:
+        """Why it ended."""
+        from .follower import follow
+
+        try:
+            follow(self.spec, self.rank, address)
+        except PhasewiseError as error:  # told to the leader too, or by it
+            return str(error)
+        return "its leader ended"
+
+
+def _settle(spec: WorkerSpec) -> None:
+    """Set up the process of a rank before it imports what computes."""
+    for variable in THREAD_VARIABLES if spec.threads_a_rank else ():
+        os.environ[variable] = str(spec.threads_a_rank)
+    # A thread that waits for the next step must not spin on a core that another worker needs.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    threading.Thread(target=_die_with_parent, args=(os.getppid(),), daemon=True).start()
 
 
 def _die_with_parent(parent: int) -> None:

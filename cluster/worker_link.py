@@ -17,6 +17,7 @@ import grpc
 
 from ..engine.errors import PhasewiseError, Unavailable
 from ..engine.request import TokenLogprobs, WorkerId
+from ..engine.routing import KnownPrefixes
 from . import wire
 from .proto import worker_pb2 as pb
 from .proto.worker_pb2_grpc import WorkerStub
@@ -77,6 +78,7 @@ class WorkerLink:
         self.closed: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         self.description = pb.Description()
         self.load = pb.Load()
+        self.prefixes = KnownPrefixes()
         self.last_heard_s = clock()
         self._times = times
         self._clock = clock
@@ -264,6 +266,9 @@ class WorkerLink:
                     self._retire(slots.pop(outcome.slot), outcome)
         except (KeyError, ValueError, IndexError) as error:
             raise ProtocolError(f"{self.worker} sent columns that do not fit: {error!r}") from error
+        if message.HasField("prefixes"):
+            news = message.prefixes
+            self.prefixes.learn(reset=news.reset, added=news.added, removed=news.removed)
         if message.HasField("load"):
             self.load = message.load
 

@@ -1,4 +1,4 @@
-"""The plan file: what `phasewise plan` is asked. Read by `configs.load`, as strict as a cluster file.
+"""The plan file: what `phasewise plan` is asked. As strict as a cluster file.
 
 `workload` and `slo` are checked where they are understood (`placement/workload.py`, `slo.py`).
 """
@@ -99,7 +99,7 @@ class SearchConfig:
     """Tokens of a colocated step: rows and chunks together."""
     max_batch_size: Count = 256
     """Rows of a decode step."""
-    seeds: Annotated[int, Between(2, 50)] = 3
+    seeds: Annotated[int, Between(2, 50)] = 5
     """Streams of requests that the winner is verified with; the interval comes from them."""
     finalists: Annotated[int, Between(1, 20)] = 3
     """Placements that are verified by the simulator."""

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from .errors import InvalidConfig
-from .schema import ClusterConfig, DecodeConfig, PacedConfig, PrefillConfig
+from .schema import ClusterConfig, PacedConfig
 from .values import parse_host_port
 
 
 def check_rules(config: ClusterConfig) -> None:
     """Raises InvalidConfig for the first contradiction."""
     _check_phases(config)
-    for name, pool in (("prefill", config.prefill), ("decode", config.decode)):
-        _check_shards(name, pool)
+    _check_splits(config)
     _check_devices(config)
     _check_paced(config)
     _check_addresses(config)
@@ -34,16 +33,27 @@ def _check_phases(config: ClusterConfig) -> None:
         )
 
 
-def _check_shards(name: str, pool: PrefillConfig | DecodeConfig) -> None:
-    """The one place that refuses workers of several devices; the engine computes on one. A paced
-    worker pretends to be a tensor-parallel group, but has one step at a time like all others."""
-    for key in ("tensor_parallel", "pipeline_parallel"):
-        pretended = pool.device == "paced" and key == "tensor_parallel"
-        if getattr(pool, key) > 1 and not pretended:
+def _check_splits(config: ClusterConfig) -> None:
+    """KV moves rank by rank between workers that are split alike. A paced worker pretends to be a
+    tensor-parallel group, but has one step at a time like all others."""
+    for name, pool in (("prefill", config.prefill), ("decode", config.decode)):
+        if pool.device == "paced" and pool.pipeline_parallel > 1:
             raise InvalidConfig(
-                f"{name}.{key}",
-                f"{getattr(pool, key)}: a worker computes on one device in this version",
-                f"set it to 1 and raise {name}.replicas instead",
+                f"{name}.pipeline_parallel",
+                f"{pool.pipeline_parallel}: a paced worker has one stage",
+                "set it to 1",
+            )
+    if config.prefill.replicas == 0 or config.decode.device == "paced":
+        return
+    for key in ("tensor_parallel", "pipeline_parallel"):
+        prefill, decode = getattr(config.prefill, key), getattr(config.decode, key)
+        if prefill != decode:
+            larger, other = ("prefill", "decode") if prefill > decode else ("decode", "prefill")
+            raise InvalidConfig(
+                f"{larger}.{key}",
+                f"{max(prefill, decode)}, while {other}.{key} is {min(prefill, decode)}: KV moves "
+                "between workers that are split alike",
+                f"set both to the same, or set prefill.replicas to 0 and leave {key} to decode",
             )
 
 

@@ -117,6 +117,10 @@ class KVConfig:
     """Tokens in a block."""
     memory: Size = 1 << 30
     """Bytes of blocks on each worker."""
+    prefix_cache: bool = True
+    """Keep the KV of served prompts and answers in blocks that nobody needs, for later prompts
+    that begin with the same tokens. Stays off for models whose rotary angles depend on the
+    prompt's length (rope_type dynamic, beyond max_position_embeddings)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -153,8 +157,9 @@ class GatewayConfig:
     """Where gRPC clients connect."""
     http: Address | None = "127.0.0.1:8000"
     """Where the OpenAI-compatible API, health and metrics are; null turns it off."""
-    policy: Literal["least_outstanding_tokens", "round_robin"] = "least_outstanding_tokens"
-    """How a worker is chosen within each pool."""
+    policy: Literal["prefix_aware", "least_outstanding_tokens", "round_robin"] = "prefix_aware"
+    """How a worker is chosen within each pool. prefix_aware: by what is queued there and what of
+    the prompt is not in its cache."""
     max_in_flight: Count = 1024
     """Streams at once; more are answered RESOURCE_EXHAUSTED."""
     max_failovers: CountOrZero = 3

@@ -109,7 +109,7 @@ class Admission:
         overdue = ages.overdue(now_s - self.max_wait_s)
         for waiter in self._candidates(line, overdue):
             sequence = waiter.sequence
-            if waiter is not overdue and self.prefix.is_underway(sequence):
+            if waiter is not overdue and self.prefix.who_computes(sequence) is not None:
                 continue
             found = self.prefix.find(sequence)
             count = self.allocator.blocks_for(sequence.num_tokens)

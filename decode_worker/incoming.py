@@ -15,8 +15,8 @@ from ..engine.prefix import unpack_hashes
 from ..engine.request import TransferAddress
 from ..engine.sequence import Sequence
 from ..kv_transfer.digest import token_digest
-from ..kv_transfer.endpoint import KVEndpoint
 from ..kv_transfer.events import Asked, Ended, Outcome, PeerRefused, PeerUnavailable, Released
+from ..kv_transfer.ranked import Endpoint
 from .scheduler import DecodeScheduler
 
 
@@ -45,7 +45,7 @@ class Inbox:
     def __init__(
         self,
         scheduler: DecodeScheduler,
-        kv: KVEndpoint,
+        kv: Endpoint,
         *,
         block_size: int,
         orphan_s: float,
@@ -58,6 +58,7 @@ class Inbox:
         self.clock = clock
         self.news = Arrivals()
         self._granted: set[int] = set()
+        self._refused: set[int] = set()  # given up here, not ended: the commit may be under way
         self._committed: dict[int, tuple[Ended, float]] = {}
         self._incoming: dict[int, Incoming] = {}
         self._lease_of: dict[str, int] = {}  # by sequence id
@@ -101,6 +102,7 @@ class Inbox:
         if lease in self._committed:
             self._drop_committed(lease)
         elif lease in self._granted:
+            self._refused.add(lease)
             self.kv.abort(lease)
         else:
             self.kv.discard(source, lease)
@@ -116,9 +118,13 @@ class Inbox:
         """A lease's terminal event."""
         self._granted.discard(event.lease)
         incoming = self._forget(event.lease)
+        refused = event.lease in self._refused
+        self._refused.discard(event.lease)
         if event.outcome is Outcome.COMMITTED:
             if incoming is None:
                 self._committed[event.lease] = (event, self.clock())
+                if refused:
+                    self._drop_committed(event.lease)
             else:
                 self._admit(incoming.sequence, event, since_s=incoming.since_s)
             return
@@ -197,6 +203,7 @@ class Inbox:
             await self.kv.grant(incoming.source, incoming.lease, blocks, digest, skip)
         except (PeerUnavailable, PeerRefused) as error:
             self._granted.discard(incoming.lease)
+            self._refused.discard(incoming.lease)
             self.scheduler.unlease(blocks)
             if self._forget(incoming.lease) is not None:
                 self._lose(incoming.sequence, str(error))

@@ -28,6 +28,7 @@ from ..engine.step_time import StepTime, features_of, prefill_s
 from ..engine.step_time_online import OnlineStepTime
 from .admission import Admission
 from .chunking import step_budget
+from .grants import Grants
 from .running import Ending, Running
 from .steady import advance_steadily, num_steady_steps
 
@@ -70,7 +71,7 @@ class DecodeScheduler:
         self._admission = Admission(self.prefix, limits.max_wait_s)
         self._fetching: set[str] = set()  # room was found, KV is on its way
         self._running = Running(self.prefix, self._waiters)
-        self._held: list[list[int]] = []  # prefixes of grants that are not resumed yet
+        self._grants = Grants(self.prefix, self._admission)
         self._in_flight: Batch | None = None
         self._num_decode_rows = 0  # of the step in flight
         self._doomed: set[str] = set()  # aborted while in flight
@@ -123,22 +124,12 @@ class DecodeScheduler:
         """As `lease`, for a sequence of `num_blocks` blocks whose first ones are named by
         `hashes`: those of them that are here already, and leased ones for the rest, at least
         one. `resume` takes a sequence whose blocks are the first; else `unhold` ends them."""
-        found = self._allocator.lookup(hashes[: num_blocks - 1])
-        count = self.prefix.num_to_take(found, num_blocks)
-        if not self._admission.may_lease(count, self._running.num_here, self._now_s):
-            return None
-        self._allocator.share(found)
-        blocks = self._allocator.lease(num_blocks - len(found))
-        assert blocks is not None, "may_lease() says so"
-        if found:
-            self._held.append(found)
-        return found, blocks
+        num_here = self._running.num_here
+        return self._grants.lease(num_blocks, hashes, num_here=num_here, now_s=self._now_s)
 
     def unhold(self, blocks: list[int]) -> None:
         """The prefix that `lease_behind` found is not needed any more."""
-        if blocks:
-            self._held.remove(blocks)
-            self._allocator.release(blocks)
+        self._grants.drop(blocks)
 
     def unlease(self, blocks: list[int]) -> None:
         """Free leased blocks: their writer acknowledged the end, or is known dead."""
@@ -156,8 +147,7 @@ class DecodeScheduler:
             assert waiter.sequence is sequence
         else:
             waiter = self._enter(sequence, now_s)
-            if sequence.blocks:
-                self._held.remove(sequence.blocks)
+            self._grants.take(sequence.blocks)
         self._allocator.activate(blocks)
         sequence.blocks = [*sequence.blocks, *blocks]
         sequence.num_computed = sequence.num_tokens - 1
@@ -318,7 +308,7 @@ class DecodeScheduler:
         assert len(running) <= self._limits.max_batch_size
         fetching = [self._waiters[name].sequence for name in self._fetching]
         holders = [*running, *ready, *fetching]
-        self._allocator.check_held([*(sequence.blocks for sequence in holders), *self._held])
+        self._allocator.check_held([*(sequence.blocks for sequence in holders), *self._grants.held])
         self.prefix.check({sequence.id for sequence in self._running.prefilling})
         for sequence in [*self._running.decoding, *ready]:
             assert sequence.num_uncomputed == 1, sequence.id
@@ -404,10 +394,5 @@ class DecodeScheduler:
             if sequence.id in self._doomed:
                 del self._waiters[sequence.id]
                 self._running.leave(sequence, start)
-        kept = [
-            i for i, sequence in enumerate(progress.sequences) if sequence.id not in self._doomed
-        ]
-        progress.sequences = [progress.sequences[i] for i in kept]
-        progress.token_ids = [progress.token_ids[i] for i in kept]
-        progress.rows = [progress.rows[i] for i in kept]
+        progress.drop(self._doomed)
         self._doomed.clear()

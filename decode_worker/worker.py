@@ -16,8 +16,8 @@ from ..engine.load import SchedulerLoad
 from ..engine.report import Failed, FailureCode, Finished, Report
 from ..engine.request import FinishReason, Request, TransferAddress
 from ..engine.sequence import Sequence
-from ..kv_transfer.endpoint import KVEndpoint
 from ..kv_transfer.events import Asked, Ended
+from ..kv_transfer.ranked import Endpoint
 from .incoming import Arrivals, Inbox
 from .scheduler import DecodeScheduler
 
@@ -40,7 +40,7 @@ class DecodeWorker:
         *,
         scheduler: DecodeScheduler,
         compute: ComputeThread,
-        kv: KVEndpoint,
+        kv: Endpoint,
         orphan_s: float,
         clock: Callable[[], float],
     ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Container
 from dataclasses import dataclass, field
 
 from .request import FinishReason, TokenLogprobs
@@ -50,3 +51,11 @@ class Progress:
     token_ids: list[int] = field(default_factory=list)
     rows: list[int] = field(default_factory=list)  # their row in the batch
     finished: list[tuple[Sequence, FinishReason]] = field(default_factory=list)
+
+    def drop(self, sequence_ids: Container[str]) -> None:
+        """Take out these sequences' tokens."""
+        rows = list(zip(self.sequences, self.token_ids, self.rows, strict=True))
+        kept = [row for row in rows if row[0].id not in sequence_ids]
+        self.sequences = [sequence for sequence, _, _ in kept]
+        self.token_ids = [token_id for _, token_id, _ in kept]
+        self.rows = [row for _, _, row in kept]

@@ -34,6 +34,10 @@ class StepRunner(Protocol):
 
     def run(self, batch: Batch, layer_done: Callable[[int], None] | None = None) -> StepOutput: ...
 
+    def check_ranks(self) -> None: ...
+
+    def close(self) -> None: ...
+
 
 class ComputeThread:
     """Owns the thread. Only the loop calls it; only the thread touches the runner."""

@@ -33,8 +33,8 @@ class Follower:
         """
         try:
             for step, columns in self._link.steps():
-                watched = clock_of is not None and step >= 0
-                self.rank.compute(columns, clock_of(step) if watched else None)
+                clock = None if clock_of is None or step < 0 else clock_of(step)
+                self.rank.compute(columns, clock)
         finally:
             self.close()
 

@@ -100,6 +100,12 @@ class PacedRunner:
         self._wait(self._ended_s)
         return output
 
+    def check_ranks(self) -> None:
+        """It has none: a tensor-parallel group is only pretended."""
+
+    def close(self) -> None:
+        """Holds nothing."""
+
     def _wait(self, until_s: float) -> None:
         left_s = until_s - self._clock()
         if left_s > 0:

@@ -56,14 +56,14 @@ class PrefixCache:
             return num_blocks
         return num_blocks - len(found) + sum([prefixes.is_idle(block) for block in found])
 
-    def is_underway(self, sequence: Sequence) -> bool:
-        """Whether the block after the longest known prefix is being computed for another
-        sequence here: then it is cheaper to wait than to compute it twice."""
+    def who_computes(self, sequence: Sequence) -> str | None:
+        """Id of the sequence for which the block after the longest known prefix is being
+        computed here: to wait for that is cheaper than to compute it twice."""
         if not self._underway:
-            return False
+            return None
         hashes = self.shareable(sequence, sequence.num_tokens)
         num_known = len(self.allocator.lookup(hashes))
-        return num_known < len(hashes) and hashes[num_known] in self._underway
+        return self._underway.get(hashes[num_known]) if num_known < len(hashes) else None
 
     def admit(self, sequence: Sequence, found: list[int]) -> bool:
         """Give a sequence blocks for all its tokens, beginning with those `find` found, and mark

@@ -89,24 +89,24 @@ class Rank:
             return self._forward(columns, None, layer_done)
         parts = columns.split(self._num_parts(columns.num_tokens))
         results = []
-        for index, part in enumerate(parts):
-            results.append(self._part(index, part, layer_done if part is parts[-1] else None))
+        for part in parts:
+            results.append(self._part(part, layer_done if part is parts[-1] else None))
         logits = torch.cat(results) if self.shard.is_last_stage else None
         whole = self.links.gather(logits, len(columns.wanted), self._vocab)
         self.links.flush()
         return whole
 
-    def _part(self, index: int, part: Columns, layer_done: Callable[[int], None] | None) -> Tensor:
+    def _part(self, part: Columns, layer_done: Callable[[int], None] | None) -> Tensor:
         """One part of a step, while the other stages work on others."""
         links = self.links
         assert links is not None
         received = None
         if not self.shard.is_first_stage:
             shape = (part.num_tokens, self.model.spec.hidden_size)
-            received = links.receive(index, shape, self._dtype)
+            received = links.receive(shape, self._dtype)
         result = self._forward(part, received, layer_done)
         if not self.shard.is_last_stage:
-            links.hand_on(result, index)
+            links.hand_on(result)
         return result
 
     def _forward(
@@ -222,8 +222,8 @@ def build_rank(
 ) -> Rank:
     """Load one shard and build its rank, not yet warm.
 
-    `vocab` is each tensor rank's share; `allocate` supplies the pool's memory (private by default;
-    on CUDA always the device's). Raises InvalidConfig and UnsupportedModel.
+    `vocab` is each tensor rank's share; `allocate` supplies the pool's memory, on the rank's device
+    (private by default). Raises InvalidConfig and UnsupportedModel.
     """
     spec, place = load_spec(options.directory), torch.device(options.device)
     layout = KVLayout(
@@ -235,7 +235,7 @@ def build_rank(
         dtype=options.dtype,
         fingerprint=fingerprint(options.directory),
     )
-    if place.type == "cuda":
+    if place.type == "cuda" and allocate is None:
         buffer = torch.empty(layout.num_bytes, dtype=torch.uint8, device=place)
     else:
         buffer = (allocate or plain_buffer)(layout.num_bytes)

@@ -112,6 +112,7 @@ class TransferAddress:
     host_id: str  # equal on two workers that can share memory (boot id)
     shm: str  # abstract unix socket name, "" where shared memory is off
     tcp: str  # "host:port"
+    ranks: tuple[TransferAddress, ...] = ()  # of the worker's ranks above 0, each its own endpoint
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -5,9 +5,11 @@ They know neither torch, ray nor grpc: the simulator drives the same classes.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
+
+from .prefix import SHORT_MASK
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -21,10 +23,34 @@ class WorkerView:
 
     name: str
     outstanding_tokens: int = 0
+    cached_tokens: int = 0  # of the request at hand, as the worker last told
     requests: int = 0  # of this router, not ended
     free_blocks: int = 0
     total_blocks: int = 0
     max_batch_size: int = 0
+
+
+class KnownPrefixes:
+    """Which blocks a worker says that it has, by names cut to 64 bits. Only a hint: it may be
+    out of date, and the worker looks for itself."""
+
+    def __init__(self) -> None:
+        self._names: set[int] = set()
+
+    def learn(self, *, reset: bool, added: Iterable[int], removed: Iterable[int]) -> None:
+        """Take what the worker tells (`engine.prefix.PrefixNews`)."""
+        if reset:
+            self._names.clear()
+        self._names.difference_update(removed)
+        self._names.update(added)
+
+    def count(self, names: Sequence[int]) -> int:
+        """Blocks of the longest prefix that is there; `names` in full."""
+        known = self._names
+        for count, name in enumerate(names):
+            if name & SHORT_MASK not in known:
+                return count
+        return len(names)
 
 
 class Policy(Protocol):
@@ -65,7 +91,39 @@ class LeastOutstandingTokens:
         return chosen
 
 
-POLICIES: dict[str, type[RoundRobin] | type[LeastOutstandingTokens]] = {
+HIT_WEIGHT = 3  # queued tokens that a cached one is worth
+
+
+class PrefixAware:
+    """What is queued at a worker against what of the prompt it has: a worker keeps the prompts
+    that begin alike until its queue is longer than another's by `HIT_WEIGHT` times what they
+    save there; then the other one learns the prefix. Among equals the one with the fewest
+    requests, then in turn. Without prefix caches it is `LeastOutstandingTokens`.
+
+    A token computed again costs more than its own time: its copy displaces another prefix. On the
+    Mooncake conversation trace (4 workers, 50,000 blocks, load 0.7) weights 1, 2, 3 reach 83, 89
+    and 91% of one big cache's hit rate, and TTFT falls with each (benchmarks/prefix_routing.py).
+    """
+
+    def __init__(self) -> None:
+        self._turn = 0
+
+    def choose(self, workers: Sequence[WorkerView], num_tokens: int) -> int:
+        count = len(workers)
+        chosen = min(
+            range(count),
+            key=lambda i: (
+                workers[i].outstanding_tokens - HIT_WEIGHT * workers[i].cached_tokens,
+                workers[i].requests,
+                (i - self._turn) % count,
+            ),
+        )
+        self._turn = (chosen + 1) % count
+        return chosen
+
+
+POLICIES: dict[str, type[RoundRobin | LeastOutstandingTokens | PrefixAware]] = {
     "round_robin": RoundRobin,
     "least_outstanding_tokens": LeastOutstandingTokens,
+    "prefix_aware": PrefixAware,
 }

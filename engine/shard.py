@@ -8,13 +8,14 @@ CPU, NCCL between GPUs. Used by a rank's compute thread only, but for `abort`.
 from __future__ import annotations
 
 import socket
+import time
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
+from torch._C._distributed_c10d import BroadcastOptions, PrefixStore, Store, TCPStore
 from torch.distributed import ProcessGroupGloo
 
 from .errors import RankLost
@@ -22,6 +23,8 @@ from .shard_plan import Shard
 
 LEADER = 0
 WAIT_S = 60.0  # longest wait for another rank: it may compute a long part meanwhile
+SLICE_S = 0.5
+Way = tuple[int, int]  # from rank, to rank
 T = TypeVar("T")
 
 
@@ -61,15 +64,23 @@ class RankLinks:
         self.shard = shard
         self._device = device
 
+        self._is_gloo = device.type == "cpu"
+        self._aborted = False
+
         def group(name: str, rank: int, size: int) -> Any:
             own = PrefixStore(name, store)
             return _or_lost(lambda: _group(own, rank, size, device, host, timeout_s))
 
-        self._all = group("all", shard.rank, shard.num_ranks)  # from one to one only
         self._stage = None
         if shard.tensor_parallel > 1:
             size = shard.tensor_parallel
             self._stage = group(f"stage-{shard.stage}", shard.tensor_rank, size)
+        # From one rank to another by a broadcast of two: a hung receive could not be given up.
+        self._ways = {
+            way: group(f"{way[0]}-{way[1]}", way.index(shard.rank), 2)
+            for way in _ways(shard)
+            if shard.rank in way
+        }
         self._sending: list[tuple[Any, Tensor]] = []  # kept until they are out
 
     def reduce(self, x: Tensor) -> None:
@@ -77,15 +88,15 @@ class RankLinks:
         assert self._stage is not None, "one rank has nothing to add"
         if x.numel():
             stage = self._stage
-            _or_lost(lambda: stage.allreduce([x]).wait())
+            self._finish(_or_lost(lambda: stage.allreduce([x])))
 
-    def hand_on(self, hidden: Tensor, part: int) -> None:
+    def hand_on(self, hidden: Tensor) -> None:
         """Send to the next stage; does not wait for it."""
-        self._send(hidden, self.shard.rank + self.shard.tensor_parallel, part)
+        self._send(hidden, self.shard.rank + self.shard.tensor_parallel)
 
-    def receive(self, part: int, like: tuple[int, int], dtype: torch.dtype) -> Tensor:
-        """What the stage before handed on of this part of the step."""
-        return self._receive(self.shard.rank - self.shard.tensor_parallel, part, like, dtype)
+    def receive(self, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
+        """What the stage before handed on, in order."""
+        return self._receive(self.shard.rank - self.shard.tensor_parallel, shape, dtype)
 
     def gather(self, logits: Tensor | None, wanted: int, vocab: list[range]) -> Tensor | None:
         """Whole rows of logits [wanted, vocabulary], at the leader where any are; else None.
@@ -97,13 +108,13 @@ class RankLinks:
             return None
         if shard.rank != LEADER:
             if logits is not None:
-                self._send(logits, LEADER, 0)
+                self._send(logits, LEADER)
             return None
         first = shard.num_ranks - shard.tensor_parallel
         slices = [
             logits
             if logits is not None and tensor_rank == LEADER
-            else self._receive(first + tensor_rank, 0, (wanted, len(share)), torch.float32)
+            else self._receive(first + tensor_rank, (wanted, len(share)), torch.float32)
             for tensor_rank, share in enumerate(vocab)
         ]
         return torch.cat(slices, dim=1)
@@ -111,24 +122,53 @@ class RankLinks:
     def flush(self) -> None:
         """Wait until all that was sent is out."""
         for work, _ in self._sending:
-            _or_lost(work.wait)
+            self._finish(work)
         self._sending.clear()
 
     def abort(self) -> None:
-        """Give up: whoever waits in an operation gets an error. From any thread."""
-        for group in filter(None, (self._stage, self._all)):
+        """Give up: whoever waits in an operation gets RankLost. From any thread."""
+        self._aborted = True
+        for group in (*filter(None, (self._stage,)), *self._ways.values()):
             group.abort()
 
-    def _send(self, x: Tensor, rank: int, tag: int) -> None:
+    def _send(self, x: Tensor, rank: int) -> None:
         x = x.contiguous()
         if x.numel():
-            self._sending.append((_or_lost(lambda: self._all.send([x], rank, tag)), x))
+            self._sending.append((self._broadcast(x, (self.shard.rank, rank)), x))
 
-    def _receive(self, rank: int, tag: int, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
+    def _receive(self, rank: int, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
         x = torch.empty(shape, dtype=dtype, device=self._device)
         if x.numel():
-            _or_lost(lambda: self._all.recv([x], rank, tag).wait())
+            self._finish(self._broadcast(x, (rank, self.shard.rank)))
         return x
+
+    def _broadcast(self, x: Tensor, way: Way) -> Any:
+        options = BroadcastOptions()
+        options.rootRank = options.rootTensor = 0
+        return _or_lost(lambda: self._ways[way].broadcast([x], options))
+
+    def _finish(self, work: Any) -> None:
+        """Wait for an operation; on gloo in slices, for it does not hear of `abort`."""
+        if not self._is_gloo:
+            _or_lost(work.wait)
+            return
+        deadline_s = time.monotonic() + WAIT_S
+        while True:
+            try:
+                work.wait(timedelta(seconds=SLICE_S))
+                return
+            except RuntimeError as error:
+                over = work.is_completed() or time.monotonic() > deadline_s
+                if self._aborted or over:
+                    raise RankLost(f"a rank of this worker does not answer: {error}") from error
+
+
+def _ways(shard: Shard) -> list[Way]:
+    """Who sends to whom in this worker, in one order for all: hidden states from stage to stage,
+    logits from the last stage to the leader."""
+    size, last = shard.tensor_parallel, shard.num_ranks - shard.tensor_parallel
+    onward = [(rank, rank + size) for rank in range(last)]
+    return onward + [(last + rank, LEADER) for rank in range(size) if last + rank != LEADER]
 
 
 def _group(

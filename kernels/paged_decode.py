@@ -50,8 +50,7 @@ def decode_body(head_dim: int, block_size: int, wide: bool) -> Body:
         num_heads, kv_heads, num_tokens, window, row_len = p[1], p[2], p[3], p[4], p[5]
         q_stride, out_stride, table_width = p[6], p[7], p[8]
         scale, q_at, kv_at, out_at = np.float32(as_double(p[9])), p[10], p[11], p[12]
-        thread = thread_num()
-        group = num_heads // kv_heads
+        thread, group = thread_num(), num_heads // kv_heads
         tokens = carray(pointer(p[13]), (num_tokens,), np.int64)
         rows = carray(pointer(p[14]), (num_tokens,), np.int64)
         contexts = carray(pointer(p[15]), (num_tokens,), np.int64)

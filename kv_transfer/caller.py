@@ -20,7 +20,7 @@ from ..engine.request import TransferAddress, WorkerId
 from . import handshake
 from .events import PeerRefused, TransferConfig
 from .handshake import CONTROL, DATA, TOKEN_BYTES, Hello, Received
-from .memory import PoolMemory
+from .memory import KVMemory, PoolMemory
 from .messages import MalformedFrame
 from .shm import peer_pidfd, peer_uid
 from .tcp import SOCKET_BUFFER, prepare
@@ -29,7 +29,10 @@ from .ways import GROUP, NEIGHBOUR, ways_of
 if TYPE_CHECKING:  # torch comes with the first group only
     from torch._C._distributed_c10d import Store
 
+    from .device_memory import PeerDeviceMemory
     from .group import Group
+
+    PeerMemory = PoolMemory | PeerDeviceMemory
 
 _MAX_PENDING = 64  # calls being answered at once; more are hung up on
 
@@ -44,15 +47,15 @@ class Contact:
     rest: bytes  # control bytes that came right behind the hello
     data: socket.socket | None = None  # over TCP
     group: Group | None = None  # over TCP, where one carries the payload
-    memory: PoolMemory | None = None  # the peer's pool, over shared memory
-    pidfd: int = -1  # over shared memory
+    memory: PeerMemory | None = None  # a neighbour's pool, mapped here
+    pidfd: int = -1  # of a neighbour
 
 
 class Caller:
     """Listens and dials for one worker."""
 
     def __init__(
-        self, worker: WorkerId, layout: KVLayout, memory: PoolMemory, config: TransferConfig
+        self, worker: WorkerId, layout: KVLayout, memory: KVMemory, config: TransferConfig
     ) -> None:
         self._worker, self._layout, self._memory, self._config = worker, layout, memory, config
         self.ways = ways_of(config, memory.device)
@@ -107,6 +110,8 @@ class Caller:
                 hello = self._hello(number, transport, wants=peer.worker)
                 await handshake.say(sock, hello, fd, CONTROL)
                 received = await handshake.hear(sock)
+                if not received.hello.transport == transport:
+                    raise MalformedFrame(f"{transport} was answered by another transport")
                 return await self._met(number, sock, received, peer)
         except BaseException:
             sock.close()
@@ -146,6 +151,7 @@ class Caller:
             checksum=self._config.checksum,
             transport=transport,
             token=token,
+            handle=self._memory.handle if transport == "cuda_ipc" else b"",
             store=self._store[1] if token and self._store is not None else 0,
         )
 
@@ -227,12 +233,21 @@ class Caller:
 
     def _neighbour(self, number: int, sock: socket.socket, received: Received) -> Contact:
         hello = received.hello
-        memory = handshake.attach(received)
+        memory = self._map(received)
         pidfd = peer_pidfd(sock)
         self._latest[hello.worker.name] = hello.worker.incarnation
         return Contact(
             number=number, hello=hello, sock=sock, rest=received.rest, memory=memory, pidfd=pidfd
         )
+
+    def _map(self, received: Received) -> PeerMemory:
+        if received.hello.transport == "shm":
+            return handshake.attach(received)
+        from .device_memory import DeviceMemory, PeerDeviceMemory
+
+        assert isinstance(self._memory, DeviceMemory), "only a GPU's worker has this way"
+        hello = received.hello
+        return PeerDeviceMemory(hello.handle, hello.pool_bytes, self._memory.gpu)
 
     def _check_fit(self, hello: Hello) -> None:
         self.check_incarnation(hello.worker)
@@ -296,7 +311,8 @@ class Caller:
                 contact = self._neighbour(number, sock, received)
                 try:
                     agreed = self._hello(number, received.hello.transport)
-                    await handshake.say(sock, agreed, self._memory.fd)
+                    fd = self._memory.fd if agreed.transport == "shm" else None
+                    await handshake.say(sock, agreed, fd)
                 except OSError:
                     drop_contact(contact)
                     raise
@@ -327,7 +343,9 @@ class Caller:
             raise PeerRefused(
                 f"this is {self._worker}, not {hello.wants}; look the address up anew"
             )
-        if hello.transport not in self.ways:
+        if hello.transport not in self.ways or (
+            (hello.transport in NEIGHBOUR) != (sock.family == socket.AF_UNIX)
+        ):
             raise PeerRefused(
                 f"{self._worker} takes KV by {' or '.join(self.ways)}, not by {hello.transport}; "
                 "set transfer.transport alike on both sides"

@@ -27,7 +27,7 @@ from .copier import Push
 from .group import Group, GroupBroke, Transfer
 from .lease import Action
 from .lease_receiver import ReceiverTable
-from .memory import CANARY_SLOT_BYTES, PoolMemory
+from .memory import CANARY_SLOT_BYTES, KVMemory
 from .messages import MalformedFrame
 
 BUFFER_BYTES = 8 << 20  # of a staging buffer, unless one block is larger; four a pair at most
@@ -47,7 +47,7 @@ class CollectiveWriter:
     pending = False
 
     def __init__(
-        self, name: str, mine: PoolMemory, layout: KVLayout, group: Group, sock: socket.socket
+        self, name: str, mine: KVMemory, layout: KVLayout, group: Group, sock: socket.socket
     ) -> None:
         self.name = name
         self._group, self._sock = group, sock
@@ -92,6 +92,7 @@ class CollectiveWriter:
         with self._reading, self._group.on_stream():
             if self._left:
                 raise GroupBroke("the pair ended")
+            self._group.wait_on_stream(push.clock.mark_of(layers.stop - 1))
             payload = self._words.gather(layers, source, buffer)
             self._group.wait_for_device()
         self._sending[slot] = self._group.send(payload)
@@ -132,7 +133,7 @@ class CollectiveReader:
         self,
         sock: socket.socket,
         group: Group,
-        memory: PoolMemory,
+        memory: KVMemory,
         layout: KVLayout,
         table: ReceiverTable,
         pair: int,
@@ -285,11 +286,13 @@ class CollectiveReader:
 class _Words:
     """A pool as `[layers, blocks, words]`, and staging buffers for parts of it."""
 
-    def __init__(self, memory: PoolMemory, layout: KVLayout) -> None:
+    def __init__(self, memory: KVMemory, layout: KVLayout) -> None:
         self.block_bytes = layout.block_bytes
         self.staging_bytes = max(BUFFER_BYTES, layout.block_bytes)
         word = torch.int64 if layout.block_bytes % 8 == 0 else torch.int32
-        flat = torch.from_numpy(np.frombuffer(memory.buffer, np.uint8))
+        flat = memory.buffer
+        if not isinstance(flat, Tensor):
+            flat = torch.from_numpy(np.frombuffer(flat, np.uint8))
         self._pool = flat.view(word).view(layout.num_layers, layout.num_blocks, -1)
 
     def staging(self) -> Tensor:

@@ -171,7 +171,8 @@ class Copier:
         except OSError:
             pass  # the peer's end of the data connection is gone: told below
         finally:
-            self._tell(end, 0, None)
+            tell, self._tell = self._tell, _nobody  # no cycle keeps the pair's descriptors
+            tell(end, 0, None)
 
     def _read_inbox(self) -> None:
         while self._inbox:
@@ -219,3 +220,7 @@ class Copier:
         self._done += 1
         total = item.checksum(item.blocks) if item.checksum else None
         self._tell("finished", item.lease, total)
+
+
+def _nobody(what: str, lease: int, checksum: int | None) -> None:
+    """An ended copier has nothing to tell."""

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from ..engine.layout import KVLayout
-from .memory import PoolMemory
+from .memory import KVMemory
 
 _GOLDEN = 0x9E3779B97F4A7C15  # odd, 2^64 / golden ratio: spreads small integers over 64 bits
 _MASK = (1 << 64) - 1
@@ -21,7 +21,7 @@ def token_digest(token_ids: Sequence[int]) -> int:
     return int.from_bytes(hashlib.blake2b(packed, digest_size=8).digest(), "little")
 
 
-def block_checksum(memory: PoolMemory, layout: KVLayout, blocks: Sequence[int]) -> int:
+def block_checksum(memory: KVMemory, layout: KVLayout, blocks: Sequence[int]) -> int:
     """64 bits over the contents of `blocks` in every layer, each mixed with its place.
 
     The xor of a block's words, times an odd number made from (layer, index in `blocks`): two
@@ -29,11 +29,11 @@ def block_checksum(memory: PoolMemory, layout: KVLayout, blocks: Sequence[int]) 
     inside a block is not covered; a copy never changes it.
     """
     word = np.uint64 if layout.block_bytes % 8 == 0 else np.uint32
-    pool = np.frombuffer(memory.buffer, word).reshape(layout.num_layers, layout.num_blocks, -1)
     total = 0
     for layer in range(layout.num_layers):
         for index, block in enumerate(blocks):
-            value = int(np.bitwise_xor.reduce(pool[layer, block]))
+            content = memory.read(layout.offset(layer, block), layout.block_bytes)
+            value = int(np.bitwise_xor.reduce(content.view(word)))
             total ^= (value + 1) * _place(layer, index) & _MASK
     return total
 

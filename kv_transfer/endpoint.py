@@ -11,7 +11,7 @@ import asyncio
 import itertools
 import zlib
 from collections import Counter
-from collections.abc import AsyncIterator, Coroutine, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from typing import Any
 
 from ..engine.layout import KVLayout
@@ -29,11 +29,12 @@ from .events import (
     Side,
     TransferConfig,
 )
+from .heart import Heart
 from .layer_clock import LayerClock
 from .lease import Action, Answered, Send, Start, Stop, Verify
 from .lease_receiver import ReceiverTable
 from .lease_sender import SenderTable
-from .memory import PoolMemory
+from .memory import KVMemory
 from .messages import (
     Abort,
     Ask,
@@ -57,7 +58,7 @@ class KVEndpoint:
     """One a worker: sends KV out of its pool and receives KV into it."""
 
     def __init__(
-        self, worker: WorkerId, layout: KVLayout, memory: PoolMemory, config: TransferConfig
+        self, worker: WorkerId, layout: KVLayout, memory: KVMemory, config: TransferConfig
     ) -> None:
         assert memory.num_bytes == layout.num_bytes, "the pool is what the layout says"
         self.worker, self._layout, self._memory, self._config = worker, layout, memory, config
@@ -68,6 +69,7 @@ class KVEndpoint:
             num_layers=layout.num_layers, block_bytes=layout.block_bytes, lease_s=config.lease_s
         )
         self._board = Switchboard(worker, layout, memory, config, self._receivers, self._on_notice)
+        self._heart = Heart(config, self._senders, self._receivers, self._board, self._perform)
         self._numbers = itertools.count(1)
         self._asks: dict[int, asyncio.Future[bool]] = {}
         self._outgoing = Outgoing(layout, memory, config, self._senders, self._board)
@@ -80,8 +82,13 @@ class KVEndpoint:
         """Listen; the address is for peers."""
         self._loop = asyncio.get_running_loop()
         address = self._board.listen()
-        self._ticker = self._loop.create_task(self._tick())
+        self._ticker = self._loop.create_task(self._heart.run())
         return address
+
+    @property
+    def mark(self) -> Callable[[], Any] | None:
+        """For the `LayerClock` of a step that fills this pool."""
+        return self._memory.mark
 
     async def connect(self, peer: TransferAddress) -> str:
         """Meet a peer before the first request; the transport chosen.
@@ -371,10 +378,7 @@ class KVEndpoint:
             self._outgoing.forget(ended.lease)
         for pair in self._board.pairs.values():
             if pair.peer == ended.peer and pair.life is not Life.CLOSED:
-                committed = ended.outcome is Outcome.COMMITTED
-                pair.transfers += committed
-                pair.failures += not committed
-                pair.num_bytes += ended.num_bytes if committed else 0
+                pair.note(ended)
                 return
 
     def _status(self, pair: Pair) -> PairStatus:
@@ -386,30 +390,7 @@ class KVEndpoint:
             num_bytes=pair.num_bytes,
             transfers=pair.transfers,
             failures=pair.failures,
+            exposed_s=pair.exposed_s,
             live_leases=len(self._senders.on_pair(number)) + len(self._receivers.on_pair(number)),
             quarantined_blocks=self._receivers.quarantined(number),
         )
-
-    async def _tick(self) -> None:
-        """Heartbeats, silence, and deadlines."""
-        while True:
-            await asyncio.sleep(self._config.silence_s / 4)
-            now_s = self._loop.time()
-            for pair in list(self._board.pairs.values()):
-                if pair.life is Life.OPEN:
-                    self._beat(pair, now_s)
-            self._perform(self._senders.expire(now_s))
-            self._perform(self._receivers.expire(now_s))
-
-    def _beat(self, pair: Pair, now_s: float) -> None:
-        moved, pair.copier.moved = pair.copier.moved, set()
-        for lease in moved:
-            self._senders.touch(lease, now_s)
-        if now_s - pair.heard_s > self._config.silence_s:
-            self._board.fault(pair, f"silent for {now_s - pair.heard_s:.1f} s")
-            return
-        number = pair.number
-        beat = Beat(
-            self._senders.live(number), self._receivers.live(number), self._senders.seen(number)
-        )
-        self._board.send(pair, beat)

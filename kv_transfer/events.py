@@ -88,7 +88,7 @@ class Ended:
     digest: int = 0
     num_bytes: int = 0
     seconds: float = 0.0  # from the grant to this event
-    exposed_s: float = 0.0  # from the last layer computed to the commit; committed only
+    exposed_s: float = 0.0  # from the end of its computation to the commit; committed only
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -111,5 +111,6 @@ class PairStatus:
     num_bytes: int  # sent and received
     transfers: int  # committed
     failures: int  # ended otherwise
+    exposed_s: float  # from the end of the computation to the commit, over all transfers
     live_leases: int
     quarantined_blocks: int  # ended, but the writer has not acknowledged yet

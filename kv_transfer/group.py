@@ -18,7 +18,7 @@ from torch import Tensor
 from torch._C import _distributed_c10d as c10d
 from torch._C._distributed_c10d import Store
 
-from .memory import PoolMemory
+from .memory import KVMemory
 
 _MAX_TAG = 1 << 30
 
@@ -59,6 +59,11 @@ class Group:
     def on_stream(self) -> contextlib.AbstractContextManager[Any]:
         """Device work of this thread goes to the group's stream."""
         return contextlib.nullcontext() if self.stream is None else torch.cuda.stream(self.stream)
+
+    def wait_on_stream(self, mark: Any | None) -> None:
+        """What is put on the stream from now on follows a layer's computation."""
+        if self.stream is not None and mark is not None:
+            self.stream.wait_event(mark)
 
     def wait_for_device(self) -> None:
         """Until what was put on the stream is done; sleeping, never spinning."""
@@ -102,7 +107,7 @@ class Transfer:
             raise GroupBroke(str(error).split("\n")[0]) from error
 
 
-def device_of(memory: PoolMemory) -> torch.device:
+def device_of(memory: KVMemory) -> torch.device:
     """Where a pool's blocks lie."""
     return torch.device(memory.device)
 

@@ -43,6 +43,7 @@ class Hello:
     checksum: bool
     transport: str  # what the caller wants, and the called one agrees to
     token: bytes = b""  # of the data connection
+    handle: bytes = b""  # of a pool on a GPU, for a neighbour
     store: int = 0  # port of the called one's store, where the transport is a group
 
 
@@ -67,6 +68,7 @@ async def say(sock: socket.socket, hello: Hello, fd: int | None, preface: bytes 
         "checksum": hello.checksum,
         "transport": hello.transport,
         "token": hello.token,
+        "handle": hello.handle,
         "store": hello.store,
     }
     frame = _framed(fields)
@@ -164,6 +166,7 @@ def _parse(body: bytes) -> Hello:
             checksum=bool(fields["checksum"]),
             transport=str(fields["transport"]),
             token=bytes(fields["token"]),
+            handle=bytes(fields["handle"]),
             store=int(fields["store"]),
         )
     except PeerRefused:

@@ -50,7 +50,7 @@ class Sending:
     num_tokens: int = 0
     digest: int = 0
     begun_s: float = 0.0
-    computed_s: float = 0.0  # when the last layer was
+    computed_s: float = 0.0  # when the step that computed the last of it was over
     num_bytes: int = 0
     outcome: Outcome = Outcome.ABORTED
     reason: str = ""

@@ -6,10 +6,44 @@ import ctypes
 import fcntl
 import mmap
 import os
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
 
 CANARY_SLOT_BYTES = 64
 CANARY_SLOTS = 64  # behind the pool, where a new peer proves that it reaches this memory
 _TAIL_BYTES = CANARY_SLOT_BYTES * CANARY_SLOTS
+
+
+class KVMemory(Protocol):
+    """A pool's memory, wherever it lies: `PoolMemory` or `device_memory.DeviceMemory`."""
+
+    device: str  # "cpu" | "cuda"
+    num_bytes: int
+    fd: int  # to pass to a neighbour; -1 where a `handle` is
+    handle: bytes
+
+    @property
+    def mark(self) -> Callable[[], Any] | None:
+        """What makes a step's `LayerClock` marks; None where none are needed."""
+        ...
+
+    @property
+    def buffer(self) -> Any:
+        """The pool as `engine.cache.KVCache` takes it."""
+        ...
+
+    def read(self, start: int, num_bytes: int) -> NDArray[np.uint8]:
+        """Some of the pool's bytes, in host memory."""
+        ...
+
+    def holds_canary(self, slot: int, pattern: bytes) -> bool: ...
+
+    def put_canary(self, slot: int, pattern: bytes) -> None: ...
+
+    def close(self) -> None: ...
 
 
 class PoolMemory:
@@ -21,6 +55,8 @@ class PoolMemory:
     """
 
     device = "cpu"
+    handle = b""
+    mark = None
 
     def __init__(self, num_bytes: int, *, prefault: bool = False) -> None:
         """`prefault` touches every page now, so that the first transfer does not pay for it."""
@@ -54,8 +90,15 @@ class PoolMemory:
         self._map = mmap.mmap(fd, num_bytes + _TAIL_BYTES, flags)
         self._map.madvise(mmap.MADV_DONTFORK)  # a forked child must not be a writer nobody knows
         self._whole = memoryview(self._map)
-        self.buffer = self._whole[:num_bytes]
+        self._pool = self._whole[:num_bytes]
         self.address = ctypes.addressof(ctypes.c_char.from_buffer(self._map))
+
+    @property
+    def buffer(self) -> memoryview:
+        return self._pool
+
+    def read(self, start: int, num_bytes: int) -> NDArray[np.uint8]:
+        return np.frombuffer(self.buffer, np.uint8, num_bytes, start)
 
     def holds_canary(self, slot: int, pattern: bytes) -> bool:
         return self.canary(slot) == pattern
@@ -77,7 +120,7 @@ class PoolMemory:
     def unmap(self) -> None:
         """Give a peer's pool back at once: descriptor and mapping. Nothing may view it."""
         self.close()
-        self.buffer.release()
+        self._pool.release()
         self._whole.release()
         self._map.close()
 
@@ -95,3 +138,12 @@ def _size_is_sealed(fd: int) -> bool:
         return bool(fcntl.fcntl(fd, _F_GET_SEALS) & _F_SEAL_SHRINK)
     except OSError:
         return False
+
+
+def memory_on(device: str, num_bytes: int) -> KVMemory:
+    """A new pool on `device`, "cpu" or "cuda". Raises InvalidConfig, OSError."""
+    if device != "cuda":
+        return PoolMemory(num_bytes)
+    from .device_memory import DeviceMemory
+
+    return DeviceMemory(num_bytes)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import struct
 from array import array
+from collections.abc import Callable
 from dataclasses import dataclass, fields
+from operator import attrgetter
 
 import msgpack
 
@@ -145,8 +147,19 @@ _KINDS: tuple[type[Message], ...] = (
     Ready,
     Bye,
 )
+_pack = msgpack.Packer().pack  # kept: making one costs more than packing a message
+
+
+def _getter(kind: type[Message]) -> Callable[[Message], tuple[object, ...]]:
+    """All fields of a message, in order."""
+    names = [field.name for field in fields(kind)]
+    if len(names) > 1:
+        return attrgetter(*names)
+    return lambda message: (getattr(message, names[0]),)
+
+
 _NUMBER = {kind: number for number, kind in enumerate(_KINDS)}
-_NAMES = {kind: tuple(f.name for f in fields(kind)) for kind in _KINDS}
+_VALUES = {kind: _getter(kind) for kind in _KINDS}
 _FIELDS = {kind: tuple(_TYPES[str(f.type)] for f in fields(kind)) for kind in _KINDS}
 
 
@@ -184,8 +197,7 @@ def unpack_leases(packed: bytes) -> set[tuple[int, int]]:
 def encode(message: Message) -> bytes:
     """A length-prefixed frame."""
     kind = type(message)
-    body = msgpack.packb((_NUMBER[kind], *[getattr(message, name) for name in _NAMES[kind]]))
-    assert body is not None, "a tuple packs"
+    body = _pack((_NUMBER[kind], *_VALUES[kind](message)))
     if len(body) > MAX_FRAME:
         raise MalformedFrame(f"frame of {len(body)} bytes; at most {MAX_FRAME} go")
     return _LENGTH.pack(len(body)) + body

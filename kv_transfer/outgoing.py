@@ -11,7 +11,7 @@ from .digest import block_checksum
 from .events import TransferConfig
 from .layer_clock import LayerClock, finished_clock
 from .lease_sender import SenderTable, Sending
-from .memory import PoolMemory
+from .memory import KVMemory
 from .pair import Life, Pair
 from .switchboard import Switchboard
 
@@ -24,7 +24,7 @@ class Outgoing:
     def __init__(
         self,
         layout: KVLayout,
-        memory: PoolMemory,
+        memory: KVMemory,
         config: TransferConfig,
         table: SenderTable,
         board: Switchboard,
@@ -40,6 +40,7 @@ class Outgoing:
             self._submit(entry, first, count, ready)
 
     def commit(self, entry: Sending) -> None:
+        entry.computed_s = time.monotonic()  # the last layer's KV stood a little earlier
         if self._is_small(entry):
             clocks = self._clocks.get(entry.lease)
             last = clocks[-1] if clocks else finished_clock(self._layout.num_layers)
@@ -101,7 +102,8 @@ class Outgoing:
         if entry is None:
             return
         clocks = self._clocks.get(lease)
-        entry.computed_s = clocks[-1].finished_s if clocks else entry.begun_s
+        computed_s = clocks[-1].finished_s if clocks else entry.begun_s
+        entry.computed_s = max(entry.computed_s, computed_s)
         message = self._senders.sent(lease, checksum, time.monotonic())
         if message is not None:
             self._board.send(pair, message)

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 from ..engine.request import WorkerId
 from .copier import Copier, Reader, Writer
+from .events import Ended, Outcome
 from .handshake import Hello
 from .messages import Message, encode, split
 
@@ -52,6 +53,7 @@ class Pair:
     num_bytes: int = 0
     transfers: int = 0
     failures: int = 0
+    exposed_s: float = 0.0
 
     @property
     def peer(self) -> WorkerId:
@@ -64,6 +66,15 @@ class Pair:
     @property
     def is_ready(self) -> bool:
         return self.life is Life.OPEN and self.reached and self.answered
+
+    def note(self, ended: Ended) -> None:
+        """Count a lease's end."""
+        if ended.outcome is not Outcome.COMMITTED:
+            self.failures += 1
+            return
+        self.transfers += 1
+        self.num_bytes += ended.num_bytes
+        self.exposed_s += ended.exposed_s
 
     def read(self) -> list[Message]:
         """What has arrived. Raises MalformedFrame, OSError at the end of the connection."""

@@ -5,22 +5,29 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import threading
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
+from ..engine.layout import KVLayout
+from ..engine.request import WorkerId
 from .endpoint import KVEndpoint
-from .events import Asked, PeerRefused, PeerUnavailable
+from .events import Asked, PeerRefused, PeerUnavailable, TransferConfig
 from .layer_clock import LayerClock, finished_clock
+from .memory import KVMemory
+from .messages import Grant, Message
+from .pair import Pair
 from .rank_wire import pack_address, pack_event, receive, send, unpack_address, unpack_event
 
+EARLY_S = 1.0
 _KEPT_STEPS = 4  # clocks of steps that are over, for pushes on their way
 
 
 class StepClocks:
     """A clock for every step, whoever speaks of it first: the compute thread or a push."""
 
-    def __init__(self, num_layers: int) -> None:
-        self._num_layers = num_layers
+    def __init__(self, num_layers: int, mark: Callable[[], Any] | None = None) -> None:
+        """`mark` is the endpoint's, see `LayerClock`."""
+        self._num_layers, self._mark = num_layers, mark
         self._clocks: dict[int, LayerClock] = {}
         self._over = -1  # this step and all before it are
         self._lock = threading.Lock()
@@ -38,16 +45,44 @@ class StepClocks:
         with self._lock:
             if step <= self._over:
                 return finished_clock(self._num_layers)
-            return self._clocks.setdefault(step, LayerClock(step))
+            return self._clocks.setdefault(step, LayerClock(step, self._mark))
+
+
+class FollowerEndpoint(KVEndpoint):
+    """A follower's own. A peer may fetch what the leader has parked before the leader's word for
+    it is here: a grant of an unknown lease waits `EARLY_S` for it."""
+
+    def __init__(
+        self, worker: WorkerId, layout: KVLayout, memory: KVMemory, config: TransferConfig
+    ) -> None:
+        super().__init__(worker, layout, memory, config)
+        self._early: dict[int, tuple[Pair, Grant]] = {}
+
+    def park(self, lease: int, blocks: Sequence[int], num_tokens: int, digest: int) -> None:
+        super().park(lease, blocks, num_tokens, digest)
+        self._settle(lease)
+
+    def _on_message(self, pair: Pair, message: Message) -> None:
+        if isinstance(message, Grant) and self._senders.get(message.lease) is None:
+            self._early[message.lease] = (pair, message)
+            self._loop.call_later(EARLY_S, self._settle, message.lease)
+        else:
+            super()._on_message(pair, message)
+
+    def _settle(self, lease: int) -> None:
+        early = self._early.pop(lease, None)
+        if early is not None:
+            super()._on_message(*early)
 
 
 class RankFollower:
     """One follower's transfers. All methods run on its loop."""
 
-    def __init__(self, endpoint: KVEndpoint, clocks: StepClocks) -> None:
+    def __init__(self, endpoint: FollowerEndpoint, clocks: StepClocks) -> None:
         self._endpoint = endpoint
         self._clocks = clocks
         self._tasks: set[asyncio.Task[None]] = set()
+        self._asks: dict[int, asyncio.Task[None]] = {}  # by lease; asked last
         self._writer: asyncio.StreamWriter
 
     async def run(self, address: str, secret: str, rank: int) -> None:
@@ -72,30 +107,40 @@ class RankFollower:
         endpoint = self._endpoint
         match name, arguments:
             case "connect", [peer]:
-                self._spawn(self._reply(number, endpoint.connect(unpack_address(peer))))
-            case "ask", [peer, lease, num_blocks]:
-                call = endpoint.ask(unpack_address(peer), lease, num_blocks)
-                self._spawn(self._reply(number, call))
-            case "grant", [peer, lease, blocks, digest]:
-                call = endpoint.grant(unpack_address(peer), lease, blocks, digest)
-                self._spawn(self._reply(number, call))
+                self._spawn(self._reply(number, endpoint.connect, unpack_address(peer)))
+            case "ask", [peer, lease, num_blocks, names]:
+                asked_of = (unpack_address(peer), lease, num_blocks, names)
+                task = self._spawn(self._reply(number, endpoint.ask, *asked_of))
+                self._asks[lease] = task
+                task.add_done_callback(lambda _: self._asks.pop(lease, None))
+            case "grant", [peer, lease, blocks, digest, skip]:
+                granted = (unpack_address(peer), lease, blocks, digest, skip)
+                self._spawn(self._reply(number, endpoint.grant, *granted))
             case "push", [lease, blocks, first, step]:
                 endpoint.push(lease, blocks, first, self._clocks.of(step))
             case "discard", [peer, lease]:
                 endpoint.discard(unpack_address(peer), lease)
-            case "answer", [[kind, asked], blocks]:
+            case "answer", [[kind, asked], blocks, skip]:
                 event = unpack_event(kind, asked)
                 assert isinstance(event, Asked)
-                if not endpoint.answer(event, blocks) and blocks is not None:
+                if not endpoint.answer(event, blocks, skip) and blocks is not None:
                     send(self._writer, ["unanswered", event.lease])
-            case ("commit" | "park" | "abort"), _:
-                getattr(endpoint, name)(*arguments)
+            case "commit", [lease, num_tokens, digest]:
+                endpoint.commit(lease, num_tokens, digest)
+            case "park", [lease, blocks, num_tokens, digest]:
+                endpoint.park(lease, blocks, num_tokens, digest)
+            case "abort", [lease]:
+                if (asking := self._asks.get(lease)) is not None:
+                    asking.cancel()
+                endpoint.abort(lease)
             case _:
                 raise AssertionError(f"{name} is no command of this version")
 
-    async def _reply(self, number: int, call: Any) -> None:
+    async def _reply(
+        self, number: int, call: Callable[..., Awaitable[object]], *arguments: Any
+    ) -> None:
         try:
-            send(self._writer, ["reply", number, await call, ""])
+            send(self._writer, ["reply", number, await call(*arguments), ""])
         except PeerUnavailable as error:
             send(self._writer, ["reply", number, "unavailable", error.reason])
         except PeerRefused as error:
@@ -105,7 +150,8 @@ class RankFollower:
         async for event in self._endpoint.events():
             send(self._writer, ["event", *pack_event(event)])
 
-    def _spawn(self, work: Any) -> None:
+    def _spawn(self, work: Any) -> asyncio.Task[None]:
         task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+        return task

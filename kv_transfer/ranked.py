@@ -11,7 +11,7 @@ import asyncio
 import itertools
 import secrets
 import socket
-from collections.abc import AsyncIterator, Coroutine, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -23,6 +23,7 @@ from .rank_wire import Event, pack_address, pack_event, receive, send, unpack_ad
 
 JOIN_S = 30.0  # for followers that are loaded already
 STALE_S = 10.0  # asks that not every rank has brought are dropped after this
+CLOSE_S = 1.0
 CALL_S = 10.0  # bound of a follower's answer; the endpoints' own bounds are shorter
 OWN = 0  # the leader's own rank
 
@@ -43,6 +44,7 @@ class _Lease:
     side: Side
     blocks: tuple[int, ...]
     ranks: set[int]  # that hold a part of it
+    source: TransferAddress | None = None  # where it is fetched from
     ended: dict[int, Ended] = field(default_factory=dict)
     unreleased: set[int] = field(default_factory=set)  # failed, and may still be written to
     is_told: bool = False
@@ -63,7 +65,9 @@ class RankedEndpoint:
         self._asked: dict[int, tuple[float, dict[int, Asked]]] = {}
         self._events: asyncio.Queue[Event | None] = asyncio.Queue()
         self._tasks: set[asyncio.Task[None]] = set()
+        self._serving: set[asyncio.Task[Any]] = set()
         self._joined = asyncio.Event()
+        self._server: asyncio.Server | None = None
 
     async def start(self) -> TransferAddress:
         """Listen, with every follower. Raises PeerUnavailable when one does not come."""
@@ -88,19 +92,30 @@ class RankedEndpoint:
         calls = [self._call(rank, "connect", _counterpart(peer, rank)) for rank in self._ranks[1:]]
         return (await asyncio.gather(self._own.connect(peer), *calls))[0]
 
+    @property
+    def mark(self) -> Callable[[], Any] | None:
+        return self._own.mark
+
     def new_lease(self) -> int:
         return self._own.new_lease()
 
     # Prefill
 
-    async def ask(self, peer: TransferAddress, lease: int, num_blocks: int) -> bool:
+    async def ask(
+        self, peer: TransferAddress, lease: int, num_blocks: int, names: bytes = b""
+    ) -> bool:
         """As `KVEndpoint.ask`. Where only some ranks were granted, the lease has begun and ends."""
         self._check_split(peer)
         self._open(lease, Side.SENDER, ())
-        calls = [self._own.ask(peer, lease, num_blocks)]
+        calls = [self._own.ask(peer, lease, num_blocks, names)]
         for rank in self._ranks[1:]:
-            calls.append(self._call(rank, "ask", _counterpart(peer, rank), lease, num_blocks))
+            target = _counterpart(peer, rank)
+            calls.append(self._call(rank, "ask", target, lease, num_blocks, names))
         return await self._begin(lease, Side.SENDER, calls)
+
+    def skipped(self, lease: int) -> int:
+        """As `KVEndpoint.skipped`: decode's leader gives every rank the same answer."""
+        return self._own.skipped(lease)
 
     def push(self, lease: int, blocks: Sequence[int], first: int, ready: LayerClock) -> None:
         self._own.push(lease, blocks, first, ready)
@@ -119,18 +134,23 @@ class RankedEndpoint:
     # Decode
 
     async def grant(
-        self, peer: TransferAddress, lease: int, blocks: Sequence[int], digest: int
+        self,
+        peer: TransferAddress,
+        lease: int,
+        blocks: Sequence[int],
+        digest: int,
+        skip: int = 0,
     ) -> None:
         """As `KVEndpoint.grant`. Where only some ranks could, the lease has begun and ends."""
         self._check_split(peer)
-        self._open(lease, Side.RECEIVER, blocks)
-        calls: list[Coroutine[Any, Any, Any]] = [self._own.grant(peer, lease, blocks, digest)]
+        self._open(lease, Side.RECEIVER, blocks).source = peer
+        calls: list[Coroutine[Any, Any, Any]] = [self._own.grant(peer, lease, blocks, digest, skip)]
         for rank in self._ranks[1:]:
             target = _counterpart(peer, rank)
-            calls.append(self._call(rank, "grant", target, lease, list(blocks), digest))
+            calls.append(self._call(rank, "grant", target, lease, list(blocks), digest, skip))
         await self._begin(lease, Side.RECEIVER, calls)
 
-    def answer(self, asked: Asked, blocks: Sequence[int] | None) -> bool:
+    def answer(self, asked: Asked, blocks: Sequence[int] | None, skip: int = 0) -> bool:
         """As `KVEndpoint.answer`. A rank whose asker is gone ends the lease."""
         _, by_rank = self._asked.pop(asked.lease, (0.0, {}))
         if len(by_rank) < len(self._ranks):
@@ -139,8 +159,8 @@ class RankedEndpoint:
             self._open(asked.lease, Side.RECEIVER, blocks)
         for rank in self._ranks[1:]:
             taken = None if blocks is None else list(blocks)
-            self._send(rank, [0, "answer", pack_event(by_rank[rank]), taken])
-        if not self._own.answer(by_rank[OWN], blocks) and blocks is not None:
+            self._send(rank, [0, "answer", pack_event(by_rank[rank]), taken, skip])
+        if not self._own.answer(by_rank[OWN], blocks, skip) and blocks is not None:
             self._never_began(OWN, asked.lease)
         return True
 
@@ -169,8 +189,12 @@ class RankedEndpoint:
 
     async def close(self) -> None:
         await self._own.close()
+        if self._server is not None:
+            self._server.close()
         for writer in self._followers.values():
             writer.close()
+        if self._serving:
+            await asyncio.wait(self._serving, timeout=CLOSE_S)
         self._door.listener.close()
         for task in self._tasks:
             task.cancel()
@@ -182,10 +206,10 @@ class RankedEndpoint:
         if len(peer.ranks) != len(self._ranks) - 1:
             raise PeerRefused(f"{peer.worker} is split into other ranks than {self._own.worker}")
 
-    def _open(self, lease: int, side: Side, blocks: Sequence[int]) -> None:
-        self._leases[lease, side] = _Lease(
-            side=side, blocks=tuple(blocks), ranks=set(self._ranks)
-        )
+    def _open(self, lease: int, side: Side, blocks: Sequence[int]) -> _Lease:
+        entry = _Lease(side=side, blocks=tuple(blocks), ranks=set(self._ranks))
+        self._leases[lease, side] = entry
+        return entry
 
     async def _begin(
         self, lease: int, side: Side, calls: Sequence[Coroutine[Any, Any, Any]]
@@ -254,6 +278,8 @@ class RankedEndpoint:
             self._tell_end(entry)
         elif fails_first:
             self.abort(ended.lease)
+            if entry.source is not None:  # a part that was never fetched may be dropped there
+                self.discard(entry.source, ended.lease)
 
     def _tell_end(self, entry: _Lease) -> None:
         parts = [entry.ended[rank] for rank in sorted(entry.ended)]
@@ -290,6 +316,10 @@ class RankedEndpoint:
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """One follower's connection, to its end. Its death is the engine's to tell."""
+        task = asyncio.current_task()
+        assert task is not None
+        self._serving.add(task)
+        task.add_done_callback(self._serving.discard)
         try:
             secret, rank, address = await receive(reader)
             if not secrets.compare_digest(secret, self._door.secret) or rank in self._followers:

@@ -22,7 +22,7 @@ from .copier import Copier
 from .events import PeerRefused, PeerUnavailable, TransferConfig
 from .lease import Action
 from .lease_receiver import ReceiverTable
-from .memory import CANARY_SLOT_BYTES, PoolMemory
+from .memory import CANARY_SLOT_BYTES, KVMemory
 from .messages import Abort, Bye, Canary, LostFraming, MalformedFrame, Message, Ready
 from .paced import Lane, PacedWriter
 from .pair import Life, Pair
@@ -73,7 +73,7 @@ class Switchboard:
         self,
         worker: WorkerId,
         layout: KVLayout,
-        memory: PoolMemory,
+        memory: KVMemory,
         config: TransferConfig,
         table: ReceiverTable,
         notify: Callable[[Notice], None],

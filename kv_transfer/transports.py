@@ -9,7 +9,7 @@ from .caller import Contact
 from .copier import Reader, Writer
 from .lease import Action
 from .lease_receiver import ReceiverTable
-from .memory import PoolMemory
+from .memory import KVMemory, PoolMemory
 from .shm import ShmWriter
 from .tcp import TcpReader, TcpWriter
 
@@ -22,7 +22,7 @@ class Transports:
     def __init__(
         self,
         layout: KVLayout,
-        memory: PoolMemory,
+        memory: KVMemory,
         table: ReceiverTable,
         took: Callable[[list[Action]], None],
     ) -> None:
@@ -31,14 +31,26 @@ class Transports:
     def join(self, contact: Contact, broke: Broke) -> tuple[Writer, Reader | None]:
         """No reader where the peer writes into this pool. `broke(number, reason)` may be called
         later, when the transport is of no more use."""
-        mine = (self._memory, self._layout)
         if contact.memory is not None:
-            return ShmWriter(*mine, contact.memory, contact.hello.layout), None
+            return self._join_neighbour(contact), None
         assert contact.data is not None, "a contact has one way or the other"
         if contact.group is not None:
             return self._join_group(contact, broke)
+        assert isinstance(self._memory, PoolMemory), "a GPU's worker does not take tcp"
+        mine = (self._memory, self._layout)
         reader = TcpReader(contact.data, *mine, self._table, contact.number)
         return TcpWriter(*mine, contact.data), reader
+
+    def _join_neighbour(self, contact: Contact) -> Writer:
+        theirs, layout = contact.memory, contact.hello.layout
+        if isinstance(theirs, PoolMemory):
+            assert isinstance(self._memory, PoolMemory), "a GPU's worker does not take shm"
+            return ShmWriter(self._memory, self._layout, theirs, layout)
+        from .cuda_ipc import CudaIpcWriter
+        from .device_memory import DeviceMemory
+
+        assert isinstance(self._memory, DeviceMemory) and theirs is not None, "a GPU's neighbour"
+        return CudaIpcWriter(self._memory, self._layout, theirs, layout)
 
     def _join_group(self, contact: Contact, broke: Broke) -> tuple[Writer, Reader | None]:
         from .collective import CollectiveReader, CollectiveWriter  # torch comes with the first

@@ -16,6 +16,7 @@ class Agenda:
     def __init__(self) -> None:
         self._items: list[tuple[float, int, Action, Any]] = []
         self._serial = 0
+        self.now_s = 0.0  # of what was done last
 
     @property
     def next_s(self) -> float:
@@ -25,8 +26,14 @@ class Agenda:
         self._serial += 1
         heappush(self._items, (when_s, self._serial, action, argument))
 
-    def step(self) -> float:
-        """Do what is due next; returns its time."""
-        when_s, _, action, argument = heappop(self._items)
-        action(when_s, argument)
-        return when_s
+    def step(self) -> None:
+        """Do what is due next."""
+        self.now_s, _, action, argument = heappop(self._items)
+        action(self.now_s, argument)
+
+    def run_before(self, limit_s: float) -> None:
+        """Do all that is due before `limit_s`."""
+        items = self._items
+        while items and items[0][0] < limit_s:
+            self.now_s, _, action, argument = heappop(items)
+            action(self.now_s, argument)

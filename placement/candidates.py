@@ -1,9 +1,9 @@
-"""A placement: two pools of equal workers (or one that does both), and what it costs and carries."""
+"""A placement: two pools of equal workers (or one of both roles): what it costs and carries."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import inf
 
@@ -11,8 +11,6 @@ from ..configs.plan_schema import ObjectiveConfig
 from ..engine.errors import InvalidConfig
 from .inventory import Bundle, Footprint, place
 from .problem import Problem, WorkerShape
-
-LOWER_IS_BETTER = ("gpus", "cost", "power")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,14 +57,13 @@ class Placement:
 
     @property
     def cost_per_hour(self) -> float:
-        return self._sum(WorkerShape.cost_per_hour.fget)
+        return self._sum(lambda shape: shape.cost_per_hour)
 
     @property
     def power_w(self) -> float:
-        return self._sum(WorkerShape.power_w.fget)
+        return self._sum(lambda shape: shape.power_w)
 
-    def _sum(self, of: object) -> float:
-        assert callable(of)
+    def _sum(self, of: Callable[[WorkerShape], float]) -> float:
         each = [(pool.count + self.spare) * of(pool.shape) for pool in self.pools]
         return self.copies * sum(each)
 
@@ -82,7 +79,9 @@ class Placement:
     def __str__(self) -> str:
         pools = " + ".join(
             f"{'colocated' if self.prefill is None else role} {pool}"
-            for role, pool in zip(("prefill", "decode")[-len(self.pools) :], self.pools, strict=True)
+            for role, pool in zip(
+                ("prefill", "decode")[-len(self.pools) :], self.pools, strict=True
+            )
         )
         return f"{self.copies} units of ({pools})" if self.copies > 1 else pools
 
@@ -113,6 +112,10 @@ class Judged:
     by: str  # "recurrence" | "simulation"
 
     @property
+    def workers(self) -> int:
+        return self.placement.copies * sum(pool.count for pool in self.placement.pools)
+
+    @property
     def per_gpu(self) -> float:
         return self.rate_rps / self.placement.gpus
 
@@ -132,11 +135,12 @@ def score(judged: Judged, objective: ObjectiveConfig, rate_rps: float | None) ->
     if judged.rate_rps <= 0 or (rate_rps is not None and judged.rate_rps < rate_rps * 0.98):
         return -inf
     placement = judged.placement
+    useful_rps = judged.rate_rps if rate_rps is None else rate_rps  # more than asked is no merit
     return {
         "goodput": judged.rate_rps,
-        "goodput_per_gpu": judged.per_gpu,
-        "goodput_per_dollar": judged.per_dollar,
-        "goodput_per_watt": judged.per_kwh,
+        "goodput_per_gpu": useful_rps / placement.gpus,
+        "goodput_per_dollar": useful_rps / placement.cost_per_hour,
+        "goodput_per_watt": useful_rps / placement.power_w,
         "gpus": -float(placement.gpus),
         "cost": -placement.cost_per_hour,
         "power": -placement.power_w,
@@ -158,7 +162,7 @@ def within_budget(placement: Placement, objective: ObjectiveConfig) -> str:
 
 
 def bundles_of(placement: Placement, problem: Problem) -> tuple[Bundle, ...] | None:
-    """Where every worker lies, or None where they do not fit. Units of low affinity share a node."""
+    """Where every worker lies, or None where they do not fit; a unit of low affinity in a node."""
     across = problem.config.search.tensor_parallel_across_nodes
     if not placement.local:
         return place(placement.footprints(), problem.machines, across=across)

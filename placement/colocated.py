@@ -38,7 +38,7 @@ def _search(phases: PhaseSearch, shape: WorkerShape) -> tuple[float, str]:
     missed: dict[float, str] = {}
 
     def margin(rate_rps: float) -> float:
-        in_time, steady = _outcome(phases, shape, rate_rps)
+        in_time, steady = outcome(phases, shape, rate_rps)
         missed[rate_rps] = "ttft" if in_time.mean() < steady.mean() else "tpot"
         return phases.judge.margin(in_time & steady)
 
@@ -69,7 +69,7 @@ def mean_rps(phases: PhaseSearch, shape: WorkerShape) -> float:
     return low
 
 
-def _outcome(
+def outcome(
     phases: PhaseSearch, shape: WorkerShape, rate_rps: float
 ) -> tuple[np.ndarray, np.ndarray]:
     """Which requests meet TTFT, and which TPOT."""
@@ -164,14 +164,20 @@ class _Mixed:
         rows = len(self.ends)
         if not rows or not (self.fresh or self.late):
             return self.budget
-        low, high = 0, self.budget - rows
+        first = islice(chain(self.fresh, self.late), 8)
+        wanted = sum(self.prompts[request] - self.done[request] for request in first)
+        low, high = 0, min(self.budget - rows, wanted)
+        if self._with_chunk_s(high) <= self.limit_s:
+            return high
         while high - low > 32:
             middle = (low + high) // 2
-            features = StepFeatures(middle, middle * middle / 2, rows, self.context)
-            low, high = (
-                (middle, high) if self.latency.total_s(features) <= self.limit_s else (low, middle)
-            )
+            fits = self._with_chunk_s(middle) <= self.limit_s
+            low, high = (middle, high) if fits else (low, middle)
         return max(low, 16)
+
+    def _with_chunk_s(self, tokens: int) -> float:
+        attention = tokens * tokens / 2
+        return self.latency.total_s(StepFeatures(tokens, attention, len(self.ends), self.context))
 
     def _advance(self, chunks: list[tuple[int, int]], now_s: float) -> None:
         self.step += 1

@@ -66,6 +66,7 @@ class Deployment:
     transfer_mode: Literal["auto", "push", "pull"] = "auto"
     local_prefill: Literal["never", "auto", "always"] = "never"
     local_prefill_tokens: int = 0  # auto: prompts up to this length skip the hop
+    prefix_cache: bool = False  # blocks of equal beginnings are shared, where a trace names them
     policy: str = "least_outstanding_tokens"  # one of engine.routing.POLICIES
     ttft_ms: float = 0.0  # the cluster's own targets: prompts are ordered and chunks cut by
     tpot_ms: float = 0.0  # them; 0: none, so arrival order and full steps

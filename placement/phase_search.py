@@ -7,6 +7,7 @@ pair it stands in. All rates are tried on one stream of requests, stretched in t
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from math import log2
 
 import numpy as np
@@ -22,6 +23,7 @@ from .workload import Workload
 QUICK_REQUESTS = 1000
 EDGE = 0.1  # of the requests at either end are not judged: the pools fill, then drain
 TOLERANCE = 0.03
+BEYOND_MEAN = 1.1  # times the mean-value bound: a rate above is not believed
 GRID = (1, 2, 4, 8, 16, 32, 64)  # counts whose pooling is worked out; between them by logarithm
 
 Column = NDArray[np.float64]
@@ -72,10 +74,13 @@ def highest_rate(margin: Callable[[float], float], guess_rps: float) -> float:
 class PhaseSearch:
     """One stream of requests, and all that was found out on it."""
 
-    def __init__(self, problem: Problem, seed: int = 0) -> None:
+    def __init__(
+        self, problem: Problem, seed: int = 0, lengths: tuple[float, float] = (1.0, 1.0)
+    ) -> None:
+        """`lengths` stretches prompts and outputs, within the longest sequence."""
         self.problem = problem
-        full = problem.workload.build(seed, rate_rps=1.0)
-        self.workload = full.head(QUICK_REQUESTS)
+        full = problem.workload.build(seed, rate_rps=1.0).head(QUICK_REQUESTS)
+        self.workload = full if lengths == (1.0, 1.0) else _stretched(full, problem, lengths)
         self.unit_arrival_s = self.workload.at_rate(1.0).arrival_s
         self.prompts: list[int] = self.workload.prompt_tokens.tolist()
         self.outputs: list[int] = self.workload.output_tokens.tolist()
@@ -87,6 +92,11 @@ class PhaseSearch:
         self._decode: dict[tuple[tuple[str, int, int], int], float] = {}
         self.colocated: dict[tuple[str, int, int], tuple[float, str]] = {}
         self.simulations = 0
+
+    def share(self, ok: NDArray[np.bool_]) -> float:
+        """Of requests that meet both, over all classes and without the edges."""
+        rows = np.any([rows for rows, _ in self.judge.rows], axis=0)
+        return float(ok[rows].mean())
 
     # prefill
 
@@ -163,14 +173,16 @@ class PhaseSearch:
         """Goodput of a pool, TPOT alone: large batches gain little from pooling, so one counts."""
         known = self._decode.get((shape.key, 1))
         if known is None:
+            bound_rps = self.mean_decode_rps(shape)
 
             def margin(rate_rps: float) -> float:
+                if rate_rps > bound_rps * BEYOND_MEAN:
+                    return -1.0  # the stream would be over before the batch is full
                 ready_s = self.unit_arrival_s / rate_rps
                 tpot_s = (self.last_s(shape, 1, ready_s) - ready_s) / self.later
                 return self.judge.margin(tpot_s <= self.judge.tpot_s)
 
-            guess = 0.8 * self.mean_decode_rps(shape)
-            known = highest_rate(margin, guess) if guess else 0.0
+            known = highest_rate(margin, 0.8 * bound_rps) if bound_rps else 0.0
             self._decode[shape.key, 1] = known
         return workers * known
 
@@ -219,9 +231,13 @@ class PhaseSearch:
         if guess <= 0:
             return 0.0, "ttft" if not self.prefill_rps(prefill, n) else "tpot"
         behind_s = self.behind_s(prefill, decode, local=local)
+        bound_rps = m * self.mean_decode_rps(decode) * BEYOND_MEAN
         missed: dict[float, str] = {}
 
         def margin(rate_rps: float) -> float:
+            if rate_rps > bound_rps:
+                missed[rate_rps] = "tpot"
+                return -1.0
             if rate_rps > links:
                 missed[rate_rps] = "network"
                 return -1.0
@@ -267,3 +283,15 @@ class PhaseSearch:
         last_s = self.last_s(decode, m, first_s + behind_s)
         in_time = first_s - arrival_s <= self.judge.ttft_s
         return in_time, (last_s - first_s) / self.later <= self.judge.tpot_s
+
+
+def _stretched(workload: Workload, problem: Problem, lengths: tuple[float, float]) -> Workload:
+    longest = problem.max_model_len
+    prompts = np.clip(np.rint(workload.prompt_tokens * lengths[0]), 1, longest - 1)
+    outputs = np.clip(np.rint(workload.output_tokens * lengths[1]), 1, longest - prompts)
+    return replace(
+        workload,
+        prompt_tokens=prompts.astype(np.int32),
+        output_tokens=outputs.astype(np.int32),
+        prefix=None,
+    )

@@ -37,7 +37,9 @@ class PoolLimits:
 class PromptCosts:
     """Seconds of steps of whole prompts, by pipeline stage."""
 
-    def __init__(self, latency: PhaseLatency, prompts: Sequence[int], max_batch_tokens: int) -> None:
+    def __init__(
+        self, latency: PhaseLatency, prompts: Sequence[int], max_batch_tokens: int
+    ) -> None:
         self.latency = latency
         self.prompts = prompts
         self.budget = max_batch_tokens

@@ -101,9 +101,7 @@ def read_problem(config: PlanConfig, folder: Path) -> Problem:
             "give workload.rate_rps, or choose a goodput goal",
         )
     machines = read_inventory(config.inventory, folder)
-    sources = {
-        name: _source(config.latency, model, machine) for name, machine in machines.items()
-    }
+    sources = {name: _source(config.latency, model, machine) for name, machine in machines.items()}
     shapes, left_out = _shapes(config, model, machines, sources)
     return Problem(
         config=config,

@@ -11,24 +11,24 @@ from dataclasses import replace
 from math import ceil
 
 from .candidates import (
-    LOWER_IS_BETTER,
     Judged,
     Placement,
     Pool,
     bundles_of,
     fits_one_node,
-    parse_compare,
     pool_gpus,
     score,
     unit_segments,
     within_budget,
 )
-from .colocated import colocated_rps
+from .colocated import colocated_rps, mean_rps, outcome
 from .inventory import MachineType
 from .phase_search import PhaseSearch
 from .problem import Problem, WorkerShape
 
-ROUGH = 24  # placements that are ranked by their weaker phase and then run in a row
+ALIKE = 1e-6  # relative; scores nearer than this are one
+ROUGH = 20  # placements that are ranked by their weaker phase and then run in a row
+ALONE = 4  # colocated shapes that are worked out
 MOST_WORKERS = 64  # of one pool
 Report = Callable[[str, float], None]  # what is done, and the share of it
 
@@ -36,10 +36,16 @@ Report = Callable[[str, float], None]  # what is done, and the share of it
 class Search:
     """All placements of one problem, ranked."""
 
-    def __init__(self, problem: Problem, report: Report, seed: int = 0) -> None:
+    def __init__(
+        self,
+        problem: Problem,
+        report: Report,
+        seed: int = 0,
+        lengths: tuple[float, float] = (1.0, 1.0),
+    ) -> None:
         self.problem = problem
         self.report = report
-        self.phases = PhaseSearch(problem, seed)
+        self.phases = PhaseSearch(problem, seed, lengths)
         self.considered = 0
 
     def run(self) -> list[Judged]:
@@ -54,11 +60,19 @@ class Search:
         return self.ranked(judged)
 
     def ranked(self, judged: Iterable[Judged]) -> list[Judged]:
-        """Without those that do not carry the rate. Among equals the more goodput, then margin."""
+        """Without those that do not carry the rate. Those that are level with the first, in score
+        and within 3% in goodput, come by the share of requests that meet the targets."""
         objective, rate_rps = self.problem.config.objective, self.problem.rate_rps
         scored = [(score(j, objective, rate_rps), j) for j in judged]
         alive = [(s, j) for s, j in scored if s > float("-inf")]
-        return [j for _, j in sorted(alive, key=lambda pair: (-pair[0], -pair[1].rate_rps))]
+        alive.sort(key=lambda pair: (-pair[0], -pair[1].rate_rps))
+        if not alive:
+            return []
+        top, most = alive[0][0], alive[0][1].rate_rps
+        level = [j for s, j in alive if s >= top - abs(top) * ALIKE and j.rate_rps >= most * 0.97]
+        rate_rps = rate_rps or most * 0.9
+        level.sort(key=lambda j: (-round(self.attainment(j.placement, rate_rps), 2), j.workers))
+        return level + [j for _, j in alive if j not in level]
 
     def judge(self, placement: Placement) -> Judged:
         """By recurrences: both phases in a row, TTFT and TPOT jointly."""
@@ -79,6 +93,19 @@ class Search:
             binds=binds,
             by="recurrence",
         )
+
+    def attainment(self, placement: Placement, rate_rps: float) -> float:
+        """The share of requests that meet both targets at one rate, by recurrences."""
+        prefill, decode = placement.prefill, placement.decode
+        each_rps = rate_rps / placement.copies
+        if prefill is None:
+            in_time, steady = outcome(self.phases, decode.shape, each_rps / decode.count)
+            return self.phases.share(in_time & steady)
+        behind_s = self.phases.behind_s(prefill.shape, decode.shape, local=placement.local)
+        in_time, steady = self.phases.outcome(
+            prefill.shape, prefill.count, decode.shape, decode.count, each_rps, behind_s
+        )
+        return self.phases.share(in_time & steady)
 
     def _measure_phases(self) -> None:
         shapes = self.problem.shapes
@@ -106,8 +133,6 @@ class Search:
             alone = sorted(self._alone(), key=lambda pair: -pair[0])
             self.considered += len(alone)
             chosen += self._distinct(alone, 3)
-        if (compared := parse_compare(self.problem)) is not None:
-            chosen.append(compared)
         self.report("placements", 1.0)
         return chosen
 
@@ -164,8 +189,7 @@ class Search:
         return [
             shape
             for shape in self.problem.shapes
-            if (each := goodput(shape, 1) / shape.gpus) > 0
-            and each >= best[shape.machine.name] / 3
+            if (each := goodput(shape, 1) / shape.gpus) > 0 and each >= best[shape.machine.name] / 3
         ]
 
     def _counts(self, prefill: WorkerShape, decode: WorkerShape) -> Iterable[tuple[int, int]]:
@@ -264,26 +288,27 @@ class Search:
     # both phases on every worker
 
     def _alone(self) -> Iterable[tuple[float, Placement]]:
+        """The most promising by a bound, each worked out step by step."""
         spare = self.problem.config.objective.spare
-        for shape in self.problem.shapes:
+        bounds = {shape.key: mean_rps(self.phases, shape) / shape.gpus for shape in self._mixing()}
+        promising = sorted(self._mixing(), key=lambda shape: -bounds[shape.key])
+        for shape in promising[:ALONE]:
             each, _ = self._colocated(shape)
             if each <= 0:
                 continue
             most = self._room(shape) - spare
             wanted = self.problem.rate_rps
-            counts = {most} if wanted is None else {c for c in (0, 1)}
+            counts = (most,) if wanted is None else (ceil(wanted / each), ceil(wanted / each) + 1)
             for count in counts:
-                if wanted is not None:
-                    count += ceil(wanted / each)
-                if not 1 <= count <= most:
-                    continue
-                placement = Placement(
-                    prefill=None, decode=Pool(shape=shape, count=count), spare=spare
-                )
-                yield self._value(placement, count * each), placement
+                if 1 <= count <= most:
+                    pool = Pool(shape=shape, count=count)
+                    placement = Placement(prefill=None, decode=pool, spare=spare)
+                    yield self._value(placement, count * each), placement
+
+    def _mixing(self) -> list[WorkerShape]:
+        """Pipelines gain nothing from chunks that wait for rows: one stage is tried, if it fits."""
+        single = [shape for shape in self.problem.shapes if shape.pipeline_parallel == 1]
+        return single or list(self.problem.shapes)
 
     def _colocated(self, shape: WorkerShape) -> tuple[float, str]:
         return colocated_rps(self.phases, shape)
-
-    def lower_is_better(self) -> bool:
-        return self.problem.config.objective.goal in LOWER_IS_BETTER

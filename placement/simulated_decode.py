@@ -65,7 +65,11 @@ class Lane:
         model = worker.model
         self.worker = worker
         self.simulator = worker.simulator
-        self.allocator = BlockAllocator(model.num_blocks // share, deployment.block_size)
+        self.allocator = BlockAllocator(
+            model.num_blocks // share,
+            deployment.block_size,
+            prefix_cache=deployment.prefix_cache,
+        )
         size = max(1, model.max_batch_size // share)
         self.scheduler = DecodeScheduler(
             self.allocator,
@@ -126,7 +130,9 @@ class Lane:
         """The KV is parked. Prefill goes on holding its own sequence under the same id."""
         self._settle(now_s)
         self.attempts[attempt] = None
-        attempt.sequence = SimulatedSequence(attempt.request, attempt, attempt.num_tokens + 1)
+        attempt.sequence = SimulatedSequence(
+            attempt.request, attempt, attempt.num_tokens + 1, attempt.sequence.block_hashes
+        )
         self.scheduler.wait_for_room(attempt.sequence, now_s)
         self.wake(now_s)
 
@@ -292,7 +298,7 @@ class SimulatedDecode:
     def count(self, lane: Lane, steps: int, tokens: int) -> None:
         self._steps += steps
         self._tokens += tokens
-        self._peak = max(self._peak, lane.allocator.num_blocks - lane.allocator.num_free)
+        self._peak = max(self._peak, lane.allocator.num_blocks - lane.allocator.num_available)
 
     def view(self, now_s: float) -> WorkerView:
         reported = sum([lane.reported(now_s) for lane in self.lanes])

@@ -68,7 +68,9 @@ class SimulatedPrefill:
         self.alive = True
         self.outstanding_tokens = 0  # as the router counts: sent, not handed over
         self.attempts: dict[Attempt, None] = {}  # with blocks or a place in the queue here
-        self.allocator = BlockAllocator(model.num_blocks, deployment.block_size)
+        self.allocator = BlockAllocator(
+            model.num_blocks, deployment.block_size, prefix_cache=deployment.prefix_cache
+        )
         self._stages = Stages(model, deployment.overheads.step_s)
         self._depth = len(model.latency.stages)
         self._in_flight = 0
@@ -144,12 +146,14 @@ class SimulatedPrefill:
         self._queued -= batch.num_rows
         self._steps += 1
         self._tokens += features.new_tokens
-        self._peak = max(self._peak, self.allocator.num_blocks - self.allocator.num_free)
+        self._peak = max(self._peak, self.allocator.num_blocks - self.allocator.num_available)
         transfers = self.simulator.transfers
         for sequence, start, count in zip(batch.sequences, batch.starts, batch.counts, strict=True):
             attempt = cast(SimulatedSequence, sequence).attempt
-            if start == 0 and sequence.num_tokens + 1 < sequence.max_total_tokens:
-                transfers.ask(attempt, now_s)
+            if start == sequence.cached_tokens:  # its first chunk
+                if sequence.num_tokens + 1 < sequence.max_total_tokens:
+                    transfers.ask(attempt, now_s)
+                count += start  # what was found here is sent too
             transfers.chunk(attempt, count, now_s, end_s)
         self.simulator.agenda.at(end_s, self._end, batch)
         if self._in_flight < self._depth:

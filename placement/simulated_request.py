@@ -23,7 +23,10 @@ class SimulatedSequence(Sequence):
 
     __slots__ = ("attempt",)
 
-    def __init__(self, request: Request, attempt: Attempt, num_tokens: int) -> None:
+    def __init__(
+        self, request: Request, attempt: Attempt, num_tokens: int, hashes: list[int]
+    ) -> None:
+        """`hashes` name the prompt's full blocks, for prefix caches; read only."""
         self.id = request.id
         self.request = request
         self.tokens = None
@@ -32,7 +35,7 @@ class SimulatedSequence(Sequence):
         self.max_total_tokens = request.num_prompt_tokens + request.sampling.max_tokens
         self.num_computed = 0
         self.blocks = []
-        self.block_hashes = []
+        self.block_hashes = hashes
         self.cached_tokens = 0
         self.num_preemptions = 0
         self.first_scheduled_s = None
@@ -58,11 +61,11 @@ class Attempt:
         "told",
     )
 
-    def __init__(self, row: int, request: Request, num_tokens: int) -> None:
+    def __init__(self, row: int, request: Request, num_tokens: int, hashes: list[int]) -> None:
         self.row = row
         self.request = request
         self.num_tokens = num_tokens  # known when it began: the prompt, and what was delivered
-        self.sequence = SimulatedSequence(request, self, num_tokens)
+        self.sequence = SimulatedSequence(request, self, num_tokens, hashes)
         self.prefill: SimulatedPrefill | None = None  # until its blocks there are free
         self.decode: SimulatedDecode | None = None
         self.lane: Lane | None = None  # where it has, or waits for, its blocks in decode
@@ -77,7 +80,9 @@ class Attempt:
 class RequestMaker:
     """Requests of a workload's rows, made when they arrive."""
 
-    def __init__(self, workload: Workload) -> None:
+    def __init__(self, workload: Workload, block_size: int, *, with_prefixes: bool) -> None:
+        self._prefix = workload.prefix if with_prefixes else None
+        self._block_size = block_size
         self.prompts = workload.prompt_tokens.tolist()
         self.outputs = workload.output_tokens.tolist()
         self._sampling: dict[int, SamplingParams] = {}
@@ -98,7 +103,16 @@ class RequestMaker:
             sampling=sampling,
             arrival_s=arrival_s,
         )
-        return Attempt(row, request, prompt + delivered)
+        return Attempt(row, request, prompt + delivered, self._hashes(row))
+
+    def _hashes(self, row: int) -> list[int]:
+        """A trace's id names many tokens; each of their blocks gets a name of its own."""
+        if self._prefix is None:
+            return []
+        size, ids = self._block_size, self._prefix.of(row).tolist()
+        blocks = self._prefix.block_tokens // size
+        names = [name * blocks + i for name in ids for i in range(blocks)]
+        return names[: self.prompts[row] // size]
 
 
 class Notes:

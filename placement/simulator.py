@@ -93,7 +93,9 @@ class Simulator:
         self.decode = [SimulatedDecode(model, deployment, self) for model in deployment.decode]
         self._gone: list[Worker] = []  # incarnations that died
         self._overheads = deployment.overheads
-        self._maker = RequestMaker(workload)
+        self._maker = RequestMaker(
+            workload, deployment.block_size, with_prefixes=deployment.prefix_cache
+        )
         self._policies = {role: POLICIES[deployment.policy]() for role in ("prefill", "decode")}
         self._live = 0
         self._arrived = 0
@@ -101,17 +103,15 @@ class Simulator:
 
     def run(self, progress: Progress | None) -> SimulatedRun:
         agenda, notes = self.agenda, self.notes
-        now_s = 0.0
         for row, arrival_s in enumerate(notes.arrival_s):
-            while agenda.next_s < arrival_s:
-                now_s = agenda.step()
+            agenda.run_before(arrival_s)
             self._arrive(row, arrival_s)
             if notes.hopeless:
                 break
             if progress is not None and row % PROGRESS_EVERY == 0:
                 progress(row / len(notes.arrival_s))
         while agenda.next_s < inf and not notes.hopeless:
-            now_s = agenda.step()
+            agenda.step()
         if progress is not None:
             progress(1.0)
         workers = [*self.prefill, *self.decode, *self._gone]
@@ -119,7 +119,7 @@ class Simulator:
             **notes.columns(),
             workers=tuple(worker.use() for worker in workers),
             samples=tuple(self._samples),
-            duration_s=now_s,
+            duration_s=agenda.now_s,
             stopped=notes.hopeless,
         )
 

@@ -11,8 +11,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 
-
-
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Link:
     """One direction of a connection between two workers."""

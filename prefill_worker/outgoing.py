@@ -18,9 +18,9 @@ from ..engine.prefix import pack_hashes
 from ..engine.request import TransferAddress
 from ..engine.sequence import Sequence
 from ..kv_transfer.digest import token_digest
-from ..kv_transfer.endpoint import KVEndpoint
 from ..kv_transfer.events import PeerRefused, PeerUnavailable
 from ..kv_transfer.layer_clock import LayerClock, finished_clock
+from ..kv_transfer.ranked import Endpoint
 
 log = logging.getLogger(__name__)
 
@@ -44,7 +44,7 @@ class Outbox:
     """All transfers of a prefill worker. Runs on the worker's loop."""
 
     def __init__(
-        self, kv: KVEndpoint, layout: KVLayout, *, mode: str, clock: Callable[[], float]
+        self, kv: Endpoint, layout: KVLayout, *, mode: str, clock: Callable[[], float]
     ) -> None:
         self.kv = kv
         self.layout = layout

@@ -11,9 +11,9 @@ Policy, per step of at most `max_batch_tokens` tokens:
    gets at least a quarter of every step's tokens, and while it waits for blocks nobody
    else is admitted. So overdue prompts finish one after the other, each within
    4 * num_tokens / max_batch_tokens steps of having its blocks, whatever else arrives.
-4. A prompt whose next block is being computed for another one waits for it, unless overdue: a
-   prefix that many prompts share is computed once (`engine.prefix_cache`). What is cached
-   counts as computed in the predicted time, so it shifts the order by deadline as well.
+4. A prompt whose next block is being computed for one that is as urgent waits for it, unless
+   overdue: a prefix that many prompts share is computed once (`engine.prefix_cache`). What is
+   cached counts as computed in the predicted time, so it shifts the order by deadline as well.
 """
 
 from __future__ import annotations
@@ -217,7 +217,7 @@ class PrefillScheduler:
             if waiter is overdue:
                 continue
             if not waiter.sequence.blocks:
-                if self.prefix.is_underway(waiter.sequence):
+                if self._is_waited_for(self.prefix.who_computes(waiter.sequence), picked):
                     continue
                 if passed > _LOOK_PAST or not self._admit(waiter):
                     passed += 1
@@ -227,6 +227,13 @@ class PrefillScheduler:
         if left and overdue in picked:
             picked[overdue] = min(picked[overdue] + left, overdue.sequence.num_uncomputed)
         return picked
+
+    def _is_waited_for(self, owner: str | None, picked: dict[Waiter, int]) -> bool:
+        """Whether a prefix's owner goes on in this step: a less urgent one is not waited for."""
+        if owner is None:
+            return False
+        waiter = self._waiters[owner]
+        return waiter.line is None or waiter in picked
 
     def _candidates(self, *, admit: bool) -> Iterator[Waiter]:
         """The most urgent first: everything started and, to admit, the front of the line."""

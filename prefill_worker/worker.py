@@ -15,9 +15,9 @@ from ..engine.load import SchedulerLoad
 from ..engine.report import Failed, FailureCode, Finished, Report
 from ..engine.request import Handoff, Request, TransferAddress
 from ..engine.sequence import Sequence
-from ..kv_transfer.endpoint import KVEndpoint
 from ..kv_transfer.events import Asked, Ended
 from ..kv_transfer.layer_clock import LayerClock
+from ..kv_transfer.ranked import Endpoint
 from .outgoing import Outbox
 from .scheduler import PrefillScheduler
 
@@ -30,7 +30,7 @@ class PrefillWorker:
         *,
         scheduler: PrefillScheduler,
         compute: ComputeThread,
-        kv: KVEndpoint,
+        kv: Endpoint,
         address: TransferAddress,
         transfer_mode: str,
         clock: Callable[[], float],
@@ -103,7 +103,7 @@ class PrefillWorker:
                 self.kv.answer(event, None)  # this role grants no blocks
 
     async def _step(self, batch: Batch) -> None:
-        layers = LayerClock(self.compute.watched)
+        layers = LayerClock(self.compute.watched, self.kv.mark)
         self._begin(batch, layers)
         try:
             output, seconds = await self.compute.run(batch, layers.finish)

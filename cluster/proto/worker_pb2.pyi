@@ -28,16 +28,18 @@ class WorkerRef(_message.Message):
     def __init__(self, name: _Optional[str] = ..., incarnation: _Optional[int] = ...) -> None: ...
 
 class TransferAddress(_message.Message):
-    __slots__ = ("worker", "host_id", "shm", "tcp")
+    __slots__ = ("worker", "host_id", "shm", "tcp", "ranks")
     WORKER_FIELD_NUMBER: _ClassVar[int]
     HOST_ID_FIELD_NUMBER: _ClassVar[int]
     SHM_FIELD_NUMBER: _ClassVar[int]
     TCP_FIELD_NUMBER: _ClassVar[int]
+    RANKS_FIELD_NUMBER: _ClassVar[int]
     worker: WorkerRef
     host_id: str
     shm: str
     tcp: str
-    def __init__(self, worker: _Optional[_Union[WorkerRef, _Mapping]] = ..., host_id: _Optional[str] = ..., shm: _Optional[str] = ..., tcp: _Optional[str] = ...) -> None: ...
+    ranks: _containers.RepeatedCompositeFieldContainer[TransferAddress]
+    def __init__(self, worker: _Optional[_Union[WorkerRef, _Mapping]] = ..., host_id: _Optional[str] = ..., shm: _Optional[str] = ..., tcp: _Optional[str] = ..., ranks: _Optional[_Iterable[_Union[TransferAddress, _Mapping]]] = ...) -> None: ...
 
 class Sampling(_message.Message):
     __slots__ = ("max_tokens", "min_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "logit_bias", "seed", "stop_token_ids", "ignore_eos", "logprobs")
@@ -79,7 +81,7 @@ class Sampling(_message.Message):
     def __init__(self, max_tokens: _Optional[int] = ..., min_tokens: _Optional[int] = ..., temperature: _Optional[float] = ..., top_k: _Optional[int] = ..., top_p: _Optional[float] = ..., min_p: _Optional[float] = ..., repetition_penalty: _Optional[float] = ..., presence_penalty: _Optional[float] = ..., frequency_penalty: _Optional[float] = ..., logit_bias: _Optional[_Mapping[int, float]] = ..., seed: _Optional[int] = ..., stop_token_ids: _Optional[_Iterable[int]] = ..., ignore_eos: _Optional[bool] = ..., logprobs: _Optional[int] = ...) -> None: ...
 
 class Request(_message.Message):
-    __slots__ = ("id", "token_ids", "num_prompt_tokens", "sampling", "age_s", "ttft_ms", "tpot_ms", "slo_class", "priority", "deadline_s")
+    __slots__ = ("id", "token_ids", "num_prompt_tokens", "sampling", "age_s", "ttft_ms", "tpot_ms", "slo_class", "priority", "deadline_s", "cache_salt")
     ID_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     NUM_PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -90,6 +92,7 @@ class Request(_message.Message):
     SLO_CLASS_FIELD_NUMBER: _ClassVar[int]
     PRIORITY_FIELD_NUMBER: _ClassVar[int]
     DEADLINE_S_FIELD_NUMBER: _ClassVar[int]
+    CACHE_SALT_FIELD_NUMBER: _ClassVar[int]
     id: str
     token_ids: _containers.RepeatedScalarFieldContainer[int]
     num_prompt_tokens: int
@@ -100,7 +103,8 @@ class Request(_message.Message):
     slo_class: str
     priority: int
     deadline_s: float
-    def __init__(self, id: _Optional[str] = ..., token_ids: _Optional[_Iterable[int]] = ..., num_prompt_tokens: _Optional[int] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., age_s: _Optional[float] = ..., ttft_ms: _Optional[float] = ..., tpot_ms: _Optional[float] = ..., slo_class: _Optional[str] = ..., priority: _Optional[int] = ..., deadline_s: _Optional[float] = ...) -> None: ...
+    cache_salt: str
+    def __init__(self, id: _Optional[str] = ..., token_ids: _Optional[_Iterable[int]] = ..., num_prompt_tokens: _Optional[int] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., age_s: _Optional[float] = ..., ttft_ms: _Optional[float] = ..., tpot_ms: _Optional[float] = ..., slo_class: _Optional[str] = ..., priority: _Optional[int] = ..., deadline_s: _Optional[float] = ..., cache_salt: _Optional[str] = ...) -> None: ...
 
 class Submit(_message.Message):
     __slots__ = ("slot", "request", "decode")
@@ -129,7 +133,7 @@ class Resume(_message.Message):
     def __init__(self, slot: _Optional[int] = ..., request: _Optional[_Union[Request, _Mapping]] = ..., first_token: _Optional[int] = ..., lease: _Optional[int] = ..., granted: _Optional[bool] = ..., source: _Optional[_Union[TransferAddress, _Mapping]] = ...) -> None: ...
 
 class FromWorker(_message.Message):
-    __slots__ = ("slots", "token_ids", "logprobs", "handoffs", "finished", "failed", "load")
+    __slots__ = ("slots", "token_ids", "logprobs", "handoffs", "finished", "failed", "load", "prefixes")
     SLOTS_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     LOGPROBS_FIELD_NUMBER: _ClassVar[int]
@@ -137,6 +141,7 @@ class FromWorker(_message.Message):
     FINISHED_FIELD_NUMBER: _ClassVar[int]
     FAILED_FIELD_NUMBER: _ClassVar[int]
     LOAD_FIELD_NUMBER: _ClassVar[int]
+    PREFIXES_FIELD_NUMBER: _ClassVar[int]
     slots: _containers.RepeatedScalarFieldContainer[int]
     token_ids: _containers.RepeatedScalarFieldContainer[int]
     logprobs: _containers.RepeatedCompositeFieldContainer[Logprobs]
@@ -144,7 +149,18 @@ class FromWorker(_message.Message):
     finished: _containers.RepeatedCompositeFieldContainer[Finished]
     failed: _containers.RepeatedCompositeFieldContainer[Failed]
     load: Load
-    def __init__(self, slots: _Optional[_Iterable[int]] = ..., token_ids: _Optional[_Iterable[int]] = ..., logprobs: _Optional[_Iterable[_Union[Logprobs, _Mapping]]] = ..., handoffs: _Optional[_Iterable[_Union[Handoff, _Mapping]]] = ..., finished: _Optional[_Iterable[_Union[Finished, _Mapping]]] = ..., failed: _Optional[_Iterable[_Union[Failed, _Mapping]]] = ..., load: _Optional[_Union[Load, _Mapping]] = ...) -> None: ...
+    prefixes: Prefixes
+    def __init__(self, slots: _Optional[_Iterable[int]] = ..., token_ids: _Optional[_Iterable[int]] = ..., logprobs: _Optional[_Iterable[_Union[Logprobs, _Mapping]]] = ..., handoffs: _Optional[_Iterable[_Union[Handoff, _Mapping]]] = ..., finished: _Optional[_Iterable[_Union[Finished, _Mapping]]] = ..., failed: _Optional[_Iterable[_Union[Failed, _Mapping]]] = ..., load: _Optional[_Union[Load, _Mapping]] = ..., prefixes: _Optional[_Union[Prefixes, _Mapping]] = ...) -> None: ...
+
+class Prefixes(_message.Message):
+    __slots__ = ("reset", "added", "removed")
+    RESET_FIELD_NUMBER: _ClassVar[int]
+    ADDED_FIELD_NUMBER: _ClassVar[int]
+    REMOVED_FIELD_NUMBER: _ClassVar[int]
+    reset: bool
+    added: _containers.RepeatedScalarFieldContainer[int]
+    removed: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, reset: _Optional[bool] = ..., added: _Optional[_Iterable[int]] = ..., removed: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class Logprobs(_message.Message):
     __slots__ = ("slot", "sampled", "top_ids", "top")
@@ -159,7 +175,7 @@ class Logprobs(_message.Message):
     def __init__(self, slot: _Optional[int] = ..., sampled: _Optional[float] = ..., top_ids: _Optional[_Iterable[int]] = ..., top: _Optional[_Iterable[float]] = ...) -> None: ...
 
 class Handoff(_message.Message):
-    __slots__ = ("slot", "first_token", "lease", "granted", "source", "queue_s", "prefill_s", "logprobs")
+    __slots__ = ("slot", "first_token", "lease", "granted", "source", "queue_s", "prefill_s", "logprobs", "cached_tokens")
     SLOT_FIELD_NUMBER: _ClassVar[int]
     FIRST_TOKEN_FIELD_NUMBER: _ClassVar[int]
     LEASE_FIELD_NUMBER: _ClassVar[int]
@@ -168,6 +184,7 @@ class Handoff(_message.Message):
     QUEUE_S_FIELD_NUMBER: _ClassVar[int]
     PREFILL_S_FIELD_NUMBER: _ClassVar[int]
     LOGPROBS_FIELD_NUMBER: _ClassVar[int]
+    CACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     slot: int
     first_token: int
     lease: int
@@ -176,23 +193,26 @@ class Handoff(_message.Message):
     queue_s: float
     prefill_s: float
     logprobs: Logprobs
-    def __init__(self, slot: _Optional[int] = ..., first_token: _Optional[int] = ..., lease: _Optional[int] = ..., granted: _Optional[bool] = ..., source: _Optional[_Union[TransferAddress, _Mapping]] = ..., queue_s: _Optional[float] = ..., prefill_s: _Optional[float] = ..., logprobs: _Optional[_Union[Logprobs, _Mapping]] = ...) -> None: ...
+    cached_tokens: int
+    def __init__(self, slot: _Optional[int] = ..., first_token: _Optional[int] = ..., lease: _Optional[int] = ..., granted: _Optional[bool] = ..., source: _Optional[_Union[TransferAddress, _Mapping]] = ..., queue_s: _Optional[float] = ..., prefill_s: _Optional[float] = ..., logprobs: _Optional[_Union[Logprobs, _Mapping]] = ..., cached_tokens: _Optional[int] = ...) -> None: ...
 
 class Finished(_message.Message):
-    __slots__ = ("slot", "reason", "queue_s", "prefill_s", "transfer_s", "preemptions")
+    __slots__ = ("slot", "reason", "queue_s", "prefill_s", "transfer_s", "preemptions", "cached_tokens")
     SLOT_FIELD_NUMBER: _ClassVar[int]
     REASON_FIELD_NUMBER: _ClassVar[int]
     QUEUE_S_FIELD_NUMBER: _ClassVar[int]
     PREFILL_S_FIELD_NUMBER: _ClassVar[int]
     TRANSFER_S_FIELD_NUMBER: _ClassVar[int]
     PREEMPTIONS_FIELD_NUMBER: _ClassVar[int]
+    CACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     slot: int
     reason: str
     queue_s: float
     prefill_s: float
     transfer_s: float
     preemptions: int
-    def __init__(self, slot: _Optional[int] = ..., reason: _Optional[str] = ..., queue_s: _Optional[float] = ..., prefill_s: _Optional[float] = ..., transfer_s: _Optional[float] = ..., preemptions: _Optional[int] = ...) -> None: ...
+    cached_tokens: int
+    def __init__(self, slot: _Optional[int] = ..., reason: _Optional[str] = ..., queue_s: _Optional[float] = ..., prefill_s: _Optional[float] = ..., transfer_s: _Optional[float] = ..., preemptions: _Optional[int] = ..., cached_tokens: _Optional[int] = ...) -> None: ...
 
 class Failed(_message.Message):
     __slots__ = ("slot", "code", "reason", "retry_after_s")
@@ -237,7 +257,7 @@ class Blocks(_message.Message):
     def __init__(self, total: _Optional[int] = ..., free: _Optional[int] = ..., active: _Optional[int] = ..., cached: _Optional[int] = ..., leased: _Optional[int] = ...) -> None: ...
 
 class Load(_message.Message):
-    __slots__ = ("blocks", "running", "waiting", "queued_tokens", "context_tokens", "leases", "steps", "preemptions", "step_age_s", "draining")
+    __slots__ = ("blocks", "running", "waiting", "queued_tokens", "context_tokens", "leases", "steps", "preemptions", "step_age_s", "draining", "hit_tokens", "asked_tokens")
     BLOCKS_FIELD_NUMBER: _ClassVar[int]
     RUNNING_FIELD_NUMBER: _ClassVar[int]
     WAITING_FIELD_NUMBER: _ClassVar[int]
@@ -248,6 +268,8 @@ class Load(_message.Message):
     PREEMPTIONS_FIELD_NUMBER: _ClassVar[int]
     STEP_AGE_S_FIELD_NUMBER: _ClassVar[int]
     DRAINING_FIELD_NUMBER: _ClassVar[int]
+    HIT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    ASKED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     blocks: Blocks
     running: int
     waiting: int
@@ -258,14 +280,16 @@ class Load(_message.Message):
     preemptions: int
     step_age_s: float
     draining: bool
-    def __init__(self, blocks: _Optional[_Union[Blocks, _Mapping]] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., queued_tokens: _Optional[int] = ..., context_tokens: _Optional[int] = ..., leases: _Optional[int] = ..., steps: _Optional[int] = ..., preemptions: _Optional[int] = ..., step_age_s: _Optional[float] = ..., draining: _Optional[bool] = ...) -> None: ...
+    hit_tokens: int
+    asked_tokens: int
+    def __init__(self, blocks: _Optional[_Union[Blocks, _Mapping]] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., queued_tokens: _Optional[int] = ..., context_tokens: _Optional[int] = ..., leases: _Optional[int] = ..., steps: _Optional[int] = ..., preemptions: _Optional[int] = ..., step_age_s: _Optional[float] = ..., draining: _Optional[bool] = ..., hit_tokens: _Optional[int] = ..., asked_tokens: _Optional[int] = ...) -> None: ...
 
 class DescribeRequest(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
 
 class Description(_message.Message):
-    __slots__ = ("worker", "role", "transfer", "model_fingerprint", "block_size", "num_blocks", "max_model_len", "max_batch_size", "device", "pid", "pairs", "load")
+    __slots__ = ("worker", "role", "transfer", "model_fingerprint", "block_size", "num_blocks", "max_model_len", "max_batch_size", "device", "pid", "pairs", "load", "prefix_cache")
     WORKER_FIELD_NUMBER: _ClassVar[int]
     ROLE_FIELD_NUMBER: _ClassVar[int]
     TRANSFER_FIELD_NUMBER: _ClassVar[int]
@@ -278,6 +302,7 @@ class Description(_message.Message):
     PID_FIELD_NUMBER: _ClassVar[int]
     PAIRS_FIELD_NUMBER: _ClassVar[int]
     LOAD_FIELD_NUMBER: _ClassVar[int]
+    PREFIX_CACHE_FIELD_NUMBER: _ClassVar[int]
     worker: WorkerRef
     role: str
     transfer: TransferAddress
@@ -290,7 +315,8 @@ class Description(_message.Message):
     pid: int
     pairs: _containers.RepeatedCompositeFieldContainer[Pair]
     load: Load
-    def __init__(self, worker: _Optional[_Union[WorkerRef, _Mapping]] = ..., role: _Optional[str] = ..., transfer: _Optional[_Union[TransferAddress, _Mapping]] = ..., model_fingerprint: _Optional[str] = ..., block_size: _Optional[int] = ..., num_blocks: _Optional[int] = ..., max_model_len: _Optional[int] = ..., max_batch_size: _Optional[int] = ..., device: _Optional[str] = ..., pid: _Optional[int] = ..., pairs: _Optional[_Iterable[_Union[Pair, _Mapping]]] = ..., load: _Optional[_Union[Load, _Mapping]] = ...) -> None: ...
+    prefix_cache: bool
+    def __init__(self, worker: _Optional[_Union[WorkerRef, _Mapping]] = ..., role: _Optional[str] = ..., transfer: _Optional[_Union[TransferAddress, _Mapping]] = ..., model_fingerprint: _Optional[str] = ..., block_size: _Optional[int] = ..., num_blocks: _Optional[int] = ..., max_model_len: _Optional[int] = ..., max_batch_size: _Optional[int] = ..., device: _Optional[str] = ..., pid: _Optional[int] = ..., pairs: _Optional[_Iterable[_Union[Pair, _Mapping]]] = ..., load: _Optional[_Union[Load, _Mapping]] = ..., prefix_cache: _Optional[bool] = ...) -> None: ...
 
 class Pair(_message.Message):
     __slots__ = ("peer", "transport", "ready", "bytes", "transfers", "failures")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import json
 import math
@@ -318,3 +319,15 @@ def test_goodput_of_a_real_cluster_is_searched_and_left_idle() -> None:
     assert found.rate_rps == 0.0
     assert all(trial.stopped for trial in found.trials)
     assert in_flight == 0
+
+
+def test_prompts_are_new_each_time_unless_they_are_asked_to_be_the_same() -> None:
+    parser = argparse.ArgumentParser()
+    bench.add_arguments(parser)
+    words = ["--address", "", "--workload", str(ROOT / "configs" / "workload-chat.yaml")]
+
+    def seed(*more: str) -> int:
+        return bench.settings_of(parser.parse_args([*words, "--rate", "1", *more])).prompt_seed
+
+    assert seed() != seed()
+    assert seed("--prompt-seed", "5") == 5

@@ -45,7 +45,7 @@ def test_streams_are_the_reference_through_two_pools(mode: str) -> None:
     async def work() -> None:
         async with cluster(TINY, mode=mode, paced=H100, max_batch_tokens=100) as running:
             assert await running.generate_all(prompts, max_tokens=20) == streams
-            assert await running.is_empty()
+            assert await running.leftovers() == {}
 
     asyncio.run(asyncio.wait_for(work(), LIMIT_S))
 

@@ -122,13 +122,13 @@ def test_a_prefix_that_is_being_computed_is_waited_for() -> None:
     first = sequence(list(range(10)))
     assert cache.admit(first, [])
     second = sequence([*range(8), 70, 71], name="b")
-    assert cache.is_underway(second)
-    assert not cache.is_underway(sequence([9, *range(8)], name="c"))
+    assert cache.who_computes(second) == "a"
+    assert cache.who_computes(sequence([9, *range(8)], name="c")) is None
     first.num_computed = 4
     cache.computed(first, 0)
-    assert cache.is_underway(second)
+    assert cache.who_computes(second) == "a"
     cache.drop(first)
-    assert not cache.is_underway(second)
+    assert cache.who_computes(second) is None
     assert len(cache.find(second)) == 1, "only what was complete"
 
 

@@ -22,7 +22,14 @@ from phasewise.tests.engine.test_exactness import (
     _scattered,
 )
 
-SPLITS = [(1, 2), (2, 1), (2, 2), (4, 1), (4, 2)]
+SLOW = pytest.mark.slow  # not for its own length, but for all models' together
+SPLITS = [
+    (1, 2),
+    (2, 2),
+    (4, 1),
+    pytest.param(2, 1, marks=SLOW),
+    pytest.param(4, 2, marks=SLOW),
+]
 SIZES: dict[str, Any] = {"num_attention_heads": 8, "intermediate_size": 75}
 MODELS: dict[str, dict[str, Any]] = {
     "llama": SIZES,  # 2 KV heads: with 4 ranks each is held twice
@@ -62,7 +69,7 @@ def test_every_split_gives_the_reference_tokens(case: Case, tensor: int, pipelin
 
 
 @pytest.mark.usefixtures("small_parts")
-@pytest.mark.parametrize(("tensor", "pipeline"), [(4, 1), (2, 2), (1, 2)])
+@pytest.mark.parametrize(("tensor", "pipeline"), [(2, 2), pytest.param(4, 1, marks=SLOW)])
 def test_ranks_together_hold_the_kv_of_one(case: Case, tensor: int, pipeline: int) -> None:
     whole = _runner(case.directory)
     prompt = case.prompts[-1]

@@ -93,6 +93,11 @@ class PeerProcess:
         self.endpoint.park(lease, blocks, num_tokens, digest)
         return lease
 
+    async def do_fetch(
+        self, peer: dict[str, Any], lease: int, blocks: list[int], digest: int
+    ) -> None:
+        await self.endpoint.grant(address_of(peer), lease, blocks, digest)
+
     async def do_abort(self, lease: int) -> None:
         self.endpoint.abort(lease)
 
@@ -101,7 +106,7 @@ class PeerProcess:
 
 
 def tell(**fields: Any) -> None:
-    print(json.dumps(fields), flush=True)
+    print(json.dumps(fields, default=bytes.hex), flush=True)
 
 
 if __name__ == "__main__":

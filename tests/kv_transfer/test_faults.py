@@ -21,7 +21,9 @@ from .harness import LAYERED, LAYOUT, QUICK, Here, There, bounded, here, pool_by
 gloo = pytest.param("gloo", marks=pytest.mark.slow)  # its processes load torch
 every = pytest.mark.parametrize("transport", ["shm", "tcp", gloo])
 staged = pytest.mark.parametrize("transport", ["tcp", gloo])  # the receiver writes its pool
-points = pytest.mark.parametrize("layers", [0, 2, 4])
+between = [pytest.param(layers, marks=pytest.mark.slow) for layers in (1, 3)]
+points = pytest.mark.parametrize("layers", [0, 2, 4, *between])
+deadly = pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
 TARGET = [20, 21, 22]
 
 
@@ -114,7 +116,61 @@ async def test_hung_sender_loses_its_blocks_at_once_where_the_receiver_writes(
 
 
 @every
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+@deadly
+@bounded
+async def test_sender_lost_before_its_grant_leaves_the_blocks_with_the_receiver(
+    transport: str, number: signal.Signals
+) -> None:
+    config = {**LAYERED, "transport": transport}
+    async with here("decode", 1, config) as (decode, address), there("prefill", 2, config) as p:
+        asking = asyncio.create_task(p.do("ask", peer=asdict(address), num_blocks=3))
+        asked = await decode.asked()
+        p.signal(number)
+        await _until(lambda: not any(pair.ready for pair in decode.endpoint.pairs()))
+        assert decode.endpoint.answer(asked, TARGET) is False
+        assert await decode.is_quiet(0.1)
+        asking.cancel()
+        await still_serves(decode, transport)
+
+
+@every
+@deadly
+@bounded
+async def test_receiver_lost_before_its_grant_is_no_grant(
+    transport: str, number: signal.Signals
+) -> None:
+    config = {**LAYERED, "transport": transport}
+    async with here("prefill", 2, config) as (p, _), there("decode", 1, config) as decode:
+        lease = p.endpoint.new_lease()
+        asking = asyncio.create_task(p.endpoint.ask(decode.address, lease, 3))
+        await decode.event("Asked")  # and nobody answers
+        decode.signal(number)
+        assert await asking is False
+        p.endpoint.park(lease, [1, 2, 3], 40, 0)  # somebody else may fetch it
+        p.endpoint.abort(lease)
+        assert (await p.ended()).blocks == (1, 2, 3)
+        assert await p.is_quiet(0.1)
+
+
+@every
+@deadly
+@bounded
+async def test_peers_lost_after_the_commit_change_nothing(
+    transport: str, number: signal.Signals
+) -> None:
+    async with pushing(transport, 4) as (decode, p, lease, _):
+        await p.do("commit", lease=lease, num_tokens=40, digest=0)
+        assert (await decode.ended()).outcome is Outcome.COMMITTED
+        assert (await p.event("Ended"))["outcome"] == "committed"
+        p.signal(number)
+        await _until(lambda: not any(pair.ready for pair in decode.endpoint.pairs()))
+        assert await decode.is_quiet(0.1)
+        assert np.array_equal(decode.pool[:, TARGET], pool_bytes(2)[:, [1, 2, 3]])
+        await still_serves(decode, transport)
+
+
+@every
+@deadly
 @pytest.mark.parametrize("layers", [0, 2])
 @bounded
 async def test_dead_or_hung_receiver_gives_the_sender_its_blocks_back(

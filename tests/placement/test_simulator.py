@@ -16,6 +16,7 @@ from phasewise.placement.distserve_profile import DistServeLatency, read_distser
 from phasewise.placement.network import Network
 from phasewise.placement.simulated_run import SimulatedRun, StopRule
 from phasewise.placement.simulator import Simulator, simulate
+from phasewise.placement.traces import PrefixHashes
 from phasewise.placement.transfer import Link, layerwise
 
 from .simulated_clusters import STEP, at, constant, pair, requests
@@ -279,6 +280,20 @@ def test_a_decode_pipeline_has_a_micro_batch_in_each_stage() -> None:
     )
     run = simulate(deployment, at((0.0, 10, 11), (0.005, 10, 11)))
     assert run.tpot_s == pytest.approx([0.02, 0.02], rel=0.06)
+
+
+@pytest.mark.parametrize("prefill", [0, 1])
+def test_a_prompt_whose_beginning_was_seen_computes_the_rest_only(prefill: int) -> None:
+    ids = np.array([7, 8, 7, 9], dtype=np.int64)
+    prefix = PrefixHashes(offsets=np.array([0, 2, 4]), ids=ids, block_tokens=512)
+    workload = replace(at((0.0, 1024, 3), (5.0, 1024, 3)), prefix=prefix)
+    first, second = simulate(pair(prefill=prefill, prefix_cache=True), workload).prefill_s
+    assert second == pytest.approx(
+        STEP.base_s + 512 * STEP.new_token_s + 512 * 768 * STEP.attention_s
+    )
+    assert first > second
+    blind = simulate(pair(prefill=prefill), workload).prefill_s
+    assert blind == pytest.approx([first, first])
 
 
 def test_a_hopeless_run_is_stopped() -> None:

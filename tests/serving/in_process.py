@@ -7,7 +7,9 @@ second here where a launched cluster costs ten.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
+import threading
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -15,6 +17,7 @@ from typing import Any
 
 from phasewise.cluster.client import AsyncClient
 from phasewise.cluster.endpoint import WorkerServer
+from phasewise.cluster.follower import follow
 from phasewise.cluster.gateway import Gateway, GatewaySettings
 from phasewise.cluster.router import RouterLimits
 from phasewise.cluster.served_model import load_served_model
@@ -28,9 +31,12 @@ from phasewise.configs.schema import (
     SloConfig,
     TransferConfig,
 )
+from phasewise.engine.errors import RankLost
+from phasewise.engine.ranks import RankHost
 from phasewise.engine.request import WorkerId
 
 MAX_MODEL_LEN = 1024
+FOLLOWER = "follower-of-"
 _incarnations = itertools.count(1)
 
 
@@ -56,18 +62,41 @@ class Cluster:
         """Streams of all prompts at once."""
         return list(await asyncio.gather(*(self.generate(p, **sampling) for p in prompts)))
 
-    async def is_empty(self, timeout_s: float = 5.0) -> bool:
-        """Whether every worker's blocks are free and no slot is open, within a time."""
+    async def leftovers(self, timeout_s: float = 5.0) -> dict[str, dict[str, int]]:
+        """What each worker still holds that no request needs, once nothing does or time is up."""
         deadline_s = asyncio.get_running_loop().time() + timeout_s
-        while asyncio.get_running_loop().time() < deadline_s:
-            status = await self.client.status()
-            if all(
-                w.blocks_active == w.blocks_leased == w.open_slots == w.running == w.waiting == 0
-                for w in status.workers
-            ):
-                return True
+        while True:
+            left = {w.name: _held(w) for w in (await self.client.status()).workers}
+            left = {name: held for name, held in left.items() if held}
+            if not left or asyncio.get_running_loop().time() > deadline_s:
+                return left
             await asyncio.sleep(0.05)
-        return False
+
+
+def _held(worker: Any) -> dict[str, int]:
+    names = ("blocks_active", "blocks_leased", "open_slots", "running", "waiting", "leases")
+    return {name: getattr(worker, name) for name in names if getattr(worker, name)}
+
+
+def _parallel(split: tuple[int, int]) -> dict[str, int]:
+    return {"tensor_parallel": split[0], "pipeline_parallel": split[1]}
+
+
+def _server(spec: WorkerSpec) -> WorkerServer:
+    """A worker; the followers of one of several ranks are threads too."""
+    if spec.num_ranks == 1:
+        return WorkerServer(spec)
+    host = RankHost()
+    for rank in range(1, spec.num_ranks):
+        name = f"{FOLLOWER}{spec.worker}.{rank}"
+        work = (spec, rank, host.address)
+        threading.Thread(target=_follow, args=work, name=name, daemon=True).start()
+    return WorkerServer(spec, host)
+
+
+def _follow(spec: WorkerSpec, rank: int, address: str) -> None:
+    with contextlib.suppress(RankLost):  # the test's own leader went first
+        follow(spec, rank, address)
 
 
 @asynccontextmanager
@@ -85,12 +114,15 @@ async def cluster(
     max_batch_tokens: int = 2048,
     max_model_len: int = MAX_MODEL_LEN,
     max_failovers: int = 3,
+    prefix_cache: bool = True,
     paced: PacedConfig | None = None,
+    prefill_split: tuple[int, int] = (1, 1),
+    decode_split: tuple[int, int] = (1, 1),
 ) -> AsyncIterator[Cluster]:
-    """Everything started and attached; everything gone on exit."""
+    """Everything started and attached; everything gone on exit. A split is (tensor, pipeline)."""
     shared: dict[str, Any] = {
         "model": ModelConfig(path=path, dtype=dtype, max_model_len=max_model_len),  # pyright: ignore
-        "kv": KVConfig(memory=num_bytes, block_size=block_size),
+        "kv": KVConfig(memory=num_bytes, block_size=block_size, prefix_cache=prefix_cache),
         "transfer": TransferConfig(transport=transport, mode=mode),  # pyright: ignore
         "slo": SloConfig(),
     }
@@ -101,14 +133,18 @@ async def cluster(
     specs = [
         WorkerSpec(
             worker=WorkerId(name=f"prefill-{i}", incarnation=next(_incarnations)),
-            prefill=PrefillConfig(**pool, max_batch_tokens=max_batch_tokens),
+            prefill=PrefillConfig(
+                **pool, **_parallel(prefill_split), max_batch_tokens=max_batch_tokens
+            ),
             **shared,
         )
         for i in range(prefill)
     ] + [
         WorkerSpec(
             worker=WorkerId(name=f"decode-{i}", incarnation=next(_incarnations)),
-            decode=DecodeConfig(**pool, max_batch_tokens=max(65, max_batch_tokens)),
+            decode=DecodeConfig(
+                **pool, **_parallel(decode_split), max_batch_tokens=max(65, max_batch_tokens)
+            ),
             **shared,
         )
         for i in range(decode)
@@ -123,7 +159,7 @@ async def cluster(
             ),
         ),
     )
-    workers = {spec.worker.name: WorkerServer(spec) for spec in specs}
+    workers = {spec.worker.name: _server(spec) for spec in specs}
     running = Cluster(gateway, workers)
     try:
         await gateway.start()
@@ -137,3 +173,6 @@ async def cluster(
     finally:
         await gateway.stop()
         await asyncio.gather(*(asyncio.to_thread(w.stop) for w in workers.values()))
+        for thread in [t for t in threading.enumerate() if t.name.startswith(FOLLOWER)]:
+            await asyncio.to_thread(thread.join, 10.0)
+            assert not thread.is_alive(), "a follower ends with its leader"

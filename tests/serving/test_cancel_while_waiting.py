@@ -45,7 +45,7 @@ def test_a_request_cancelled_while_it_waits_for_room_frees_the_prefill_worker(
             await until_active(running, "prefill", False)
             assert await active_blocks(running, "decode") > 0  # the first runs on
             await first.aclose()
-            assert await running.is_empty()
+            assert await running.leftovers() == {}
 
     assert TransferConfig().park_s > LIMIT_S
     asyncio.run(asyncio.wait_for(work(), LIMIT_S))

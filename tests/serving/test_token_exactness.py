@@ -62,7 +62,7 @@ async def serve_all(
 ) -> None:
     async with cluster(path, **options) as running:
         assert await running.generate_all(prompts, max_tokens=len(expected[0])) == expected
-        assert await running.is_empty(), await running.client.status()
+        assert await running.leftovers() == {}
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -96,7 +96,7 @@ def test_preempted_requests_resume_with_the_same_tokens(
         async with cluster(reference.directory, **options) as running:
             assert await running.generate_all(prompts, max_tokens=100) == expected
             status = await running.client.status()
-            assert await running.is_empty()
+            assert await running.leftovers() == {}
         assert sum(worker.preemptions for worker in status.workers) > 0
 
     run(work())
@@ -177,6 +177,6 @@ def test_two_hundred_requests_with_random_cancels_leave_nothing_behind(
         async with cluster(reference.directory) as running:
             await asyncio.gather(*(one(running) for _ in range(200)))
             assert len(ends) == 200
-            assert await running.is_empty(), await running.client.status()
+            assert await running.leftovers() == {}
 
     run(work())

@@ -1,0 +1,163 @@
+"""A plan as files: the cluster file that `serve` launches, and the same facts as JSON."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..configs.load import dump
+from .candidates import Judged, Pool
+from .plan import Plan
+from .provision import Provision
+from .verify import Verified
+
+MIB = 1 << 20
+
+
+def cluster_yaml(plan: Plan) -> str:
+    """The cluster file, with the reasons in its heading."""
+    return dump(cluster_sections(plan), heading(plan))
+
+
+def cluster_sections(plan: Plan) -> dict[str, dict[str, Any]]:
+    """Of one unit: a placement of several units is that many clusters of this file."""
+    config, placement = plan.problem.config, plan.best.judged.placement
+    path = config.model.serve_path or str(config.model.path)
+    decode = _pool(plan, placement.decode) | {
+        "max_batch_size": config.search.max_batch_size,
+        "max_batch_tokens": max(config.search.mixed_batch_tokens, config.search.max_batch_size),
+    }
+    if placement.prefill is None:
+        prefill: dict[str, Any] = {"replicas": 0}
+        decode["local_prefill"] = "always"
+    else:
+        prefill = _pool(plan, placement.prefill) | {
+            "max_batch_tokens": config.search.max_batch_tokens
+        }
+        decode["local_prefill"] = "auto"
+    targets = plan.problem.slo.default
+    spans = len({bundle.node for bundle in plan.bundles}) > 1
+    return {
+        "model": {
+            "path": path,
+            "dtype": config.model.dtype,
+            "max_model_len": config.model.max_model_len,
+        },
+        "prefill": prefill,
+        "decode": decode,
+        "kv": {"block_size": config.kv.block_size, "memory": kv_memory(plan)},
+        "transfer": {"transport": "auto", "mode": "auto", "lease_s": 10},
+        "slo": {
+            "ttft_ms": round(targets.ttft_s * 1e3, 3),
+            "tpot_ms": round(targets.tpot_s * 1e3, 3),
+            "attainment": targets.attainment,
+        },
+        "gateway": {"grpc": "127.0.0.1:50051", "http": "127.0.0.1:8000"},
+        "ray": {"address": "auto" if spans and placement.copies == 1 else None},
+    }
+
+
+def _pool(plan: Plan, pool: Pool) -> dict[str, Any]:
+    shape = pool.shape
+    cpu = shape.machine.hardware.name.startswith("cpu")
+    return {
+        "replicas": plan.best.judged.placement.replicas(pool),
+        "tensor_parallel": shape.tensor_parallel,
+        "pipeline_parallel": shape.pipeline_parallel,
+        "device": "cpu" if cpu else "cuda",
+    } | ({"threads": 1} if cpu else {})
+
+
+def kv_memory(plan: Plan) -> str:
+    """Of each worker, its GPUs together; the smaller pool's, since one key serves both."""
+    config = plan.problem.config
+    if config.kv.memory is not None:
+        return f"{config.kv.memory // MIB}MiB"
+    placement = plan.best.judged.placement
+    tokens = min(pool.shape.kv_tokens for pool in placement.pools)
+    return f"{int(tokens * plan.problem.model.kv_bytes_per_token) // MIB}MiB"
+
+
+def heading(plan: Plan) -> str:
+    best, problem = plan.best, plan.problem
+    placement = best.judged.placement
+    lines = [
+        f"Planned by phasewise for {problem.model.name}: {placement}.",
+        f"Goodput {_interval(best.judged)} req/s at {problem.slo.default.attainment:.0%} of "
+        f"requests within TTFT {problem.slo.default.ttft_s * 1e3:g} ms and TPOT "
+        f"{problem.slo.default.tpot_s * 1e3:g} ms; {placement.gpus} GPUs, "
+        f"{placement.cost_per_hour:.2f} $/h, {placement.power_w / 1e3:.2f} kW.",
+        f"Verdict: {plan.verdict}.",
+    ]
+    if placement.copies > 1:
+        lines.append(
+            f"This is one unit of {placement.copies}: launch it once on each, "
+            "so that KV stays inside a node."
+        )
+    return "\n".join(lines)
+
+
+def _interval(judged: Judged) -> str:
+    return f"{judged.rate_rps:.2f} ({judged.low_rps:.2f} to {judged.high_rps:.2f})"
+
+
+def plan_json(plan: Plan, provision: Provision | None = None) -> dict[str, Any]:
+    """Everything that a program wants to know."""
+    return {
+        "model": plan.problem.model.name,
+        "verdict": plan.verdict,
+        "best": _verified(plan.best),
+        "best_of_the_other_kind": None if plan.other is None else _verified(plan.other),
+        "compared": None
+        if plan.compared is None
+        else _verified(plan.compared) | {"tie": plan.tie(plan.compared)},
+        "ranked": [_judged(judged) for judged in plan.ranked[:20]],
+        "bundles": [
+            {"worker": bundle.worker, "node": bundle.node, "gpus": bundle.gpus}
+            for bundle in plan.bundles
+        ],
+        "cluster": cluster_sections(plan),
+        "flow": None if provision is None else provision.to_json(),
+        "left_out": list(plan.problem.left_out),
+        "placements_considered": plan.search.considered,
+    }
+
+
+def _judged(judged: Judged) -> dict[str, Any]:
+    placement = judged.placement
+    return {
+        "placement": str(placement),
+        "kind": placement.kind,
+        "pools": [
+            {
+                "role": "prefill" if pool is placement.prefill else "decode",
+                "machine": pool.shape.machine.name,
+                "replicas": placement.replicas(pool) * placement.copies,
+                "tensor_parallel": pool.shape.tensor_parallel,
+                "pipeline_parallel": pool.shape.pipeline_parallel,
+            }
+            for pool in placement.pools
+        ],
+        "goodput_rps": judged.rate_rps,
+        "goodput_per_gpu": judged.per_gpu,
+        "requests_per_dollar": judged.per_dollar,
+        "requests_per_kwh": judged.per_kwh,
+        "gpus": placement.gpus,
+        "cost_per_hour": placement.cost_per_hour,
+        "power_w": placement.power_w,
+        "binds": judged.binds,
+        "by": judged.by,
+    }
+
+
+def _verified(found: Verified) -> dict[str, Any]:
+    return _judged(found.judged) | {
+        "interval_rps": [found.judged.low_rps, found.judged.high_rps],
+        "attainment": found.attainment,
+        "attainment_half_width": found.attainment_half,
+        "ttft_ms": dict(zip(("p50", "p90", "p99"), found.ttft_ms, strict=True)),
+        "tpot_ms": dict(zip(("p50", "p90", "p99"), found.tpot_ms, strict=True)),
+        "transfer_ms_mean": found.transfer_ms,
+        "prefill_busy": found.use_prefill,
+        "decode_busy": found.use_decode,
+        "preemptions": found.preemptions,
+    }
