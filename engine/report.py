@@ -58,9 +58,9 @@ class Report:
 
     def add_token(self, request_id: str, token_id: int, logprobs: TokenLogprobs | None) -> None:
         """One more row of the columns."""
+        if logprobs is not None and self.logprobs is None:
+            self.logprobs = [*(None for _ in self.ids)]
         self.ids.append(request_id)
         self.token_ids.append(token_id)
-        if logprobs is not None and self.logprobs is None:
-            self.logprobs = [None] * (len(self.ids) - 1)
         if self.logprobs is not None:
             self.logprobs.append(logprobs)
