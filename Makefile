@@ -8,11 +8,12 @@ STAMP := .venv/.installed
 demo: install
 	$(BIN)/phasewise demo
 
+# Two at a time, a file to a process: several files share a checkpoint or a cluster.
 test: install
-	$(BIN)/pytest
+	$(BIN)/pytest -q -n 2 --dist loadfile
 
 quick: install
-	$(BIN)/pytest -m "not slow and not gpu"
+	$(BIN)/pytest -q -n 2 --dist loadfile -m "not slow and not gpu"
 
 lint: install
 	$(BIN)/ruff check .
