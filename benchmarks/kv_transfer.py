@@ -5,9 +5,9 @@
 A job is 32 layers × 128 scattered blocks of 64 KiB from one pool to another (256 MiB). `shm`, `tcp`
 and `gloo` are this project's endpoints, timed from `push` to the sender's `Ended(committed)`,
 leases and all; `memcpy`, `plain_tcp` and `plain_gloo` are the references of `kv_references`.
-Engines take turns within each repeat, ratios are to the same repeat's memcpy, and every transfer is compared
-byte by byte. The last column is one 64 KiB block of one layer, with acknowledgement; there
-`bare_shm` and `bare_tcp` are the transports alone, without leases and event loops.
+Engines take turns within each repeat, ratios are to the same repeat's memcpy, and every transfer
+is compared byte by byte. The last column is one 64 KiB block of one layer, with acknowledgement;
+there `bare_shm` and `bare_tcp` are the transports alone, without leases and event loops.
 """
 
 from __future__ import annotations

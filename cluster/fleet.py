@@ -186,6 +186,7 @@ def _described(row: front.WorkerStatus, link: WorkerLink, now_s: float) -> front
     row.device = description.device
     for kind in ("total", "free", "active", "cached", "leased"):
         setattr(row, f"blocks_{kind}", getattr(load.blocks, kind))
+    row.blocks_used = load.blocks.active + load.blocks.leased
     for name in (
         *("running", "waiting", "queued_tokens", "context_tokens", "leases"),
         *("steps", "preemptions", "step_age_s", "hit_tokens", "asked_tokens"),

@@ -191,7 +191,7 @@ class GatewayStatus(_message.Message):
     def __init__(self, state: _Optional[str] = ..., model: _Optional[str] = ..., max_model_len: _Optional[int] = ..., in_flight: _Optional[int] = ..., max_in_flight: _Optional[int] = ..., uptime_s: _Optional[float] = ..., ended: _Optional[_Mapping[str, int]] = ..., output_tokens: _Optional[int] = ..., failovers: _Optional[int] = ..., local_prefills: _Optional[int] = ..., pid: _Optional[int] = ..., vocab_size: _Optional[int] = ...) -> None: ...
 
 class WorkerStatus(_message.Message):
-    __slots__ = ("name", "incarnation", "role", "state", "address", "pid", "device", "blocks_total", "blocks_free", "blocks_active", "blocks_cached", "blocks_leased", "running", "waiting", "queued_tokens", "context_tokens", "leases", "steps", "preemptions", "step_age_s", "pairs", "restarts", "heartbeat_age_s", "open_slots", "reason", "hit_tokens", "asked_tokens")
+    __slots__ = ("name", "incarnation", "role", "state", "address", "pid", "device", "blocks_total", "blocks_free", "blocks_active", "blocks_cached", "blocks_leased", "running", "waiting", "queued_tokens", "context_tokens", "leases", "steps", "preemptions", "step_age_s", "pairs", "restarts", "heartbeat_age_s", "open_slots", "reason", "hit_tokens", "asked_tokens", "blocks_used")
     NAME_FIELD_NUMBER: _ClassVar[int]
     INCARNATION_FIELD_NUMBER: _ClassVar[int]
     ROLE_FIELD_NUMBER: _ClassVar[int]
@@ -219,6 +219,7 @@ class WorkerStatus(_message.Message):
     REASON_FIELD_NUMBER: _ClassVar[int]
     HIT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     ASKED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    BLOCKS_USED_FIELD_NUMBER: _ClassVar[int]
     name: str
     incarnation: int
     role: str
@@ -246,7 +247,8 @@ class WorkerStatus(_message.Message):
     reason: str
     hit_tokens: int
     asked_tokens: int
-    def __init__(self, name: _Optional[str] = ..., incarnation: _Optional[int] = ..., role: _Optional[str] = ..., state: _Optional[str] = ..., address: _Optional[str] = ..., pid: _Optional[int] = ..., device: _Optional[str] = ..., blocks_total: _Optional[int] = ..., blocks_free: _Optional[int] = ..., blocks_active: _Optional[int] = ..., blocks_cached: _Optional[int] = ..., blocks_leased: _Optional[int] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., queued_tokens: _Optional[int] = ..., context_tokens: _Optional[int] = ..., leases: _Optional[int] = ..., steps: _Optional[int] = ..., preemptions: _Optional[int] = ..., step_age_s: _Optional[float] = ..., pairs: _Optional[_Iterable[_Union[PairStatus, _Mapping]]] = ..., restarts: _Optional[int] = ..., heartbeat_age_s: _Optional[float] = ..., open_slots: _Optional[int] = ..., reason: _Optional[str] = ..., hit_tokens: _Optional[int] = ..., asked_tokens: _Optional[int] = ...) -> None: ...
+    blocks_used: int
+    def __init__(self, name: _Optional[str] = ..., incarnation: _Optional[int] = ..., role: _Optional[str] = ..., state: _Optional[str] = ..., address: _Optional[str] = ..., pid: _Optional[int] = ..., device: _Optional[str] = ..., blocks_total: _Optional[int] = ..., blocks_free: _Optional[int] = ..., blocks_active: _Optional[int] = ..., blocks_cached: _Optional[int] = ..., blocks_leased: _Optional[int] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., queued_tokens: _Optional[int] = ..., context_tokens: _Optional[int] = ..., leases: _Optional[int] = ..., steps: _Optional[int] = ..., preemptions: _Optional[int] = ..., step_age_s: _Optional[float] = ..., pairs: _Optional[_Iterable[_Union[PairStatus, _Mapping]]] = ..., restarts: _Optional[int] = ..., heartbeat_age_s: _Optional[float] = ..., open_slots: _Optional[int] = ..., reason: _Optional[str] = ..., hit_tokens: _Optional[int] = ..., asked_tokens: _Optional[int] = ..., blocks_used: _Optional[int] = ...) -> None: ...
 
 class PairStatus(_message.Message):
     __slots__ = ("peer", "transport", "ready", "bytes", "transfers", "failures")

@@ -48,8 +48,7 @@ def _used_blocks(launched: Launched) -> dict[str, int]:
     command = [sys.executable, "-c", MAIN, "status", "--address", launched.address, "--json"]
     answer = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True)
     return {
-        worker["name"]: worker.get("blocks_active", 0) + worker.get("blocks_leased", 0)
-        for worker in json.loads(answer.stdout)["workers"]
+        worker["name"]: worker["blocks_used"] for worker in json.loads(answer.stdout)["workers"]
     }
 
 
