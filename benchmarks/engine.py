@@ -117,6 +117,7 @@ def show(report: dict[str, dict[str, object]]) -> None:
         "TTFT p50",
         "TTFT p90",
         "TPOT p50",
+        "lost",
         "ratio",
         "goal",
     )
@@ -135,6 +136,7 @@ def show(report: dict[str, dict[str, object]]) -> None:
                 f"{row['ttft_p50_ms']:.0f} ms",
                 f"{row['ttft_p90_ms']:.0f} ms",
                 f"{row['tpot_p50_ms']:.1f} ms",
+                f"{row['lost']:.0f}",
                 f"{case['ratio']}" if ours else "",
                 f"{case['goal']}" if ours else "",
             )
