@@ -28,6 +28,8 @@ OPTIONS = (
     ("grpc.max_send_message_length", -1),
 )
 CALL_MARGIN_S = 2.0
+ANSWER_S = 30.0  # for a question that a living gateway answers in milliseconds
+DRAIN_S = 30.0  # what the gateway takes when a drain gives no time
 FIELDS = frozenset(field.name for field in pb.GenerateRequest.DESCRIPTOR.fields)
 
 
@@ -77,15 +79,16 @@ class Client:
 
     def abort(self, request_id: str) -> bool:
         """End a request that another call made; False if there is none."""
-        return _unary(self._generation.Abort, pb.AbortRequest(request_id=request_id)).found
+        request = pb.AbortRequest(request_id=request_id)
+        return _unary(self._generation.Abort, request, ANSWER_S).found
 
     def status(self) -> pb.ClusterStatus:
-        return _unary(self._admin.Status, pb.StatusRequest())
+        return _unary(self._admin.Status, pb.StatusRequest(), ANSWER_S)
 
     def drain(self, worker: str = "", *, timeout_s: float | None = None) -> int:
         """Take a worker, or everything, out of service; returns the streams still running."""
         request = pb.DrainRequest(worker=worker, timeout_s=timeout_s)
-        return _unary(self._admin.Drain, request).unfinished
+        return _unary(self._admin.Drain, request, _drain_answer_s(timeout_s)).unfinished
 
 
 class AsyncClient:
@@ -134,18 +137,19 @@ class AsyncClient:
 
     async def abort(self, request_id: str) -> bool:
         request = pb.AbortRequest(request_id=request_id)
-        return (await self._call(self._generation.Abort, request)).found
+        return (await self._call(self._generation.Abort, request, ANSWER_S)).found
 
     async def status(self) -> pb.ClusterStatus:
-        return await self._call(self._admin.Status, pb.StatusRequest())
+        return await self._call(self._admin.Status, pb.StatusRequest(), ANSWER_S)
 
     async def drain(self, worker: str = "", *, timeout_s: float | None = None) -> int:
         request = pb.DrainRequest(worker=worker, timeout_s=timeout_s)
-        return (await self._call(self._admin.Drain, request)).unfinished
+        answer = await self._call(self._admin.Drain, request, _drain_answer_s(timeout_s))
+        return answer.unfinished
 
-    async def _call(self, method: Any, request: Any) -> Any:
+    async def _call(self, method: Any, request: Any, timeout_s: float) -> Any:
         try:
-            return await method(request)
+            return await method(request, timeout=timeout_s)
         except grpc.aio.AioRpcError as error:
             raise _named(error) from error
 
@@ -223,9 +227,13 @@ def _outputs(call: Any) -> Iterator[Output]:
         call.cancel()
 
 
-def _unary(method: Any, request: Any) -> Any:
+def _drain_answer_s(timeout_s: float | None) -> float:
+    return ANSWER_S + (DRAIN_S if timeout_s is None else max(0.0, timeout_s))
+
+
+def _unary(method: Any, request: Any, timeout_s: float) -> Any:
     try:
-        return method(request)
+        return method(request, timeout=timeout_s)
     except grpc.RpcError as error:
         raise _named(error) from error
 

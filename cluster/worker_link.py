@@ -102,9 +102,19 @@ class WorkerLink:
     async def describe(self, timeout_s: float) -> pb.Description:
         """Ask the worker about itself. Raises Unavailable."""
         try:
-            self.description = await self._stub.Describe(pb.DescribeRequest(), timeout=timeout_s)
+            call = self._stub.Describe(pb.DescribeRequest(), timeout=timeout_s)
+        except grpc.aio.UsageError as error:
+            raise Unavailable(f"the connection to {self.address} is closed") from error
+        try:
+            self.description = await call
         except grpc.aio.AioRpcError as error:
             raise Unavailable(f"worker at {self.address}: {_said(error)}") from error
+        except asyncio.CancelledError:
+            # `close` cancels the call, not the task that waits for it. Let through, this would
+            # end a handler of gRPC without an answer, and its caller would wait for ever.
+            if _being_cancelled():
+                raise
+            raise Unavailable(f"the connection to {self.address} was closed meanwhile") from None
         return self.description
 
     async def connect(self) -> None:
@@ -287,6 +297,11 @@ def _logprobs_by_slot(message: pb.FromWorker) -> dict[int, deque[TokenLogprobs]]
     for entry in message.logprobs:
         beside[entry.slot].append(wire.logprobs_from_pb(entry))
     return beside
+
+
+def _being_cancelled() -> bool:
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0
 
 
 def _said(error: grpc.aio.AioRpcError) -> str:

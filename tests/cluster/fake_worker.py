@@ -50,6 +50,7 @@ class FakeWorker(WorkerServicer):
         self.granted = True
         self.silent = False  # neither tokens nor heartbeats
         self.stalled = False  # heartbeats, but neither tokens nor answers
+        self.mute: asyncio.Event | None = None  # questions wait for it
         self.fail_next: list[pb.Failed] = []
         self.stop_after: int | None = None  # tokens until the process is gone
         self.rows: dict[int, Row] = {}
@@ -74,6 +75,8 @@ class FakeWorker(WorkerServicer):
             await server.stop(None)
 
     async def Describe(self, request: Any, context: Any) -> pb.Description:
+        if self.mute is not None:
+            await self.mute.wait()
         return pb.Description(
             worker=self.ref,
             role=self.role,

@@ -175,3 +175,41 @@ def test_client_that_does_not_read_is_ended_at_the_bound(run: Run) -> None:
             stream.take()
 
     run(scenario())
+
+
+@pytest.mark.parametrize("when", ["meanwhile", "before"])
+def test_a_question_to_a_closed_link_is_answered_with_unavailable(run: Run, when: str) -> None:
+    """Not with a cancellation: in a handler of gRPC that would leave the caller without answer."""
+
+    async def scenario() -> None:
+        worker = await FakeWorker("decode", "d").start()
+        link = await linked(worker)
+        worker.mute = asyncio.Event()
+        if when == "before":
+            await link.close("done")
+        asked = asyncio.create_task(link.describe(5.0))
+        await asyncio.sleep(0.05)
+        await link.close("done")
+        with pytest.raises(Unavailable):
+            await asked
+        worker.mute.set()
+        await worker.stop()
+
+    run(scenario())
+
+
+def test_whoever_asks_can_still_be_cancelled(run: Run) -> None:
+    async def scenario() -> None:
+        worker = await FakeWorker("decode", "d").start()
+        link = await linked(worker)
+        worker.mute = asyncio.Event()
+        asked = asyncio.create_task(link.describe(5.0))
+        await asyncio.sleep(0.05)
+        asked.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await asked
+        worker.mute.set()
+        await link.close("done")
+        await worker.stop()
+
+    run(scenario())
