@@ -29,12 +29,12 @@ from statistics import median
 from typing import Any
 
 import numpy as np
-from phasewise.cluster.bench import Settings, open_bench
-from phasewise.cluster.bench_load import Run, Sample
-from phasewise.cluster.bench_report import Report, report_of
-from phasewise.cluster.bench_requests import prompt_of
 from phasewise.cluster.client import AsyncClient
-from phasewise.cluster.status import to_text
+from phasewise.cluster.commands.bench import Settings, open_bench
+from phasewise.cluster.commands.status import to_text
+from phasewise.cluster.loadgen.load import Run, Sample
+from phasewise.cluster.loadgen.report import Report, report_of
+from phasewise.cluster.loadgen.requests import prompt_of
 from phasewise.placement.slo import SloPolicy, SloTargets
 from phasewise.placement.workload import Workload
 from phasewise.placement.workload_file import read_workload

@@ -7,7 +7,6 @@ import importlib
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Protocol, cast
 
 from .. import __version__
@@ -16,24 +15,16 @@ from ..engine.errors import InvalidConfig, InvalidRequest, PhasewiseError
 EXIT_OK, EXIT_RUNTIME, EXIT_INPUT = 0, 1, 2
 
 
-@dataclass(frozen=True, slots=True)
-class Entry:
-    """A command: the module beside this one that holds it, and one line about it."""
-
-    module: str
-    summary: str
-
-
-COMMANDS = {
-    "demo": Entry("demo", "launch a small cluster here, stream some prompts, show their timelines"),
-    "serve": Entry("serve", "launch a cluster file and stay until told to stop"),
-    "validate": Entry("validate", "check a cluster file and its checkpoint, start nothing"),
-    "plan": Entry("plan", "find the placement that meets latency targets, write its cluster file"),
-    "generate": Entry("generate", "stream one completion from a running cluster"),
-    "status": Entry("status", "show a running cluster: its workers, blocks and requests"),
-    "bench": Entry("bench", "offer load to a running cluster: latency, attainment, goodput"),
-    "profile": Entry("profile", "measure step times on the hardware at hand"),
-    "simulate": Entry("simulate", "the digital twin of a cluster file: latencies and attainment"),
+COMMANDS = {  # a module of `commands/` each
+    "demo": "launch a small cluster here, stream some prompts, show their timelines",
+    "serve": "launch a cluster file and stay until told to stop",
+    "validate": "check a cluster file and its checkpoint, start nothing",
+    "plan": "find the placement that meets latency targets, write its cluster file",
+    "generate": "stream one completion from a running cluster",
+    "status": "show a running cluster: its workers, blocks and requests",
+    "bench": "offer load to a running cluster: latency, attainment, goodput",
+    "profile": "measure step times on the hardware at hand",
+    "simulate": "the digital twin of a cluster file: latencies and attainment",
 }
 
 
@@ -54,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.parse_args(words or ["--help"])  # exits: help, version, or an unknown command
     name = words[0]
     os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")  # it would complain of Ray's forks
-    command = cast(Command, importlib.import_module(f".{COMMANDS[name].module}", __package__))
+    command = cast(Command, importlib.import_module(f".commands.{name}", __package__))
     args = _page(name, command).parse_args(words[1:])
     try:
         return command.run(args)
@@ -81,7 +72,7 @@ def add_config_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _front_page() -> argparse.ArgumentParser:
     width = max(map(len, COMMANDS))
-    listing = "\n".join(f"  {name:<{width}}  {entry.summary}" for name, entry in COMMANDS.items())
+    listing = "\n".join(f"  {name:<{width}}  {summary}" for name, summary in COMMANDS.items())
     parser = argparse.ArgumentParser(
         prog="phasewise",
         usage="phasewise COMMAND [arguments]",

@@ -13,13 +13,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from phasewise.cluster import bench
-from phasewise.cluster.bench_goodput import Hopeless, Trial, find_goodput
-from phasewise.cluster.bench_load import LEAD_S, Run, Sample, offer
-from phasewise.cluster.bench_report import Report, report_of
-from phasewise.cluster.bench_requests import requests_of
 from phasewise.cluster.cli import EXIT_INPUT, main
 from phasewise.cluster.client import AsyncClient
+from phasewise.cluster.commands import bench
+from phasewise.cluster.loadgen.goodput import Hopeless, Trial, find_goodput
+from phasewise.cluster.loadgen.load import LEAD_S, Run, Sample, offer
+from phasewise.cluster.loadgen.report import Report, report_of
+from phasewise.cluster.loadgen.requests import requests_of
 from phasewise.cluster.proto import phasewise_pb2 as pb
 from phasewise.configs.errors import InvalidConfig
 from phasewise.engine.errors import Overloaded

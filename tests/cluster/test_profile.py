@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 from phasewise.cluster.cli import EXIT_INPUT, EXIT_OK, main
-from phasewise.cluster.profile import fit_of
-from phasewise.cluster.profile_measure import measure
-from phasewise.cluster.profile_points import Room, Step, decode_steps, prefill_steps
+from phasewise.cluster.commands.profile import fit_of
+from phasewise.cluster.profiling.measure import measure
+from phasewise.cluster.profiling.points import Room, Step, decode_steps, prefill_steps
 from phasewise.engine.batch import Batch, StepOutput
 from phasewise.engine.layout import KVLayout
 from phasewise.engine.paced import paced_layout

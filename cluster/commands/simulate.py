@@ -21,25 +21,25 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from ..configs.load import load_cluster
-from ..configs.schema import ClusterConfig
-from ..placement.calibration import Calibration, read_calibration
-from ..placement.deployment import Deployment
-from ..placement.goodput import Goodput, GoodputSearch
-from ..placement.hardware import read_hardware
-from ..placement.judging import JointJudge
-from ..placement.latency import LatencySource
-from ..placement.network import Network
-from ..placement.roofline import RooflineLatency
-from ..placement.simulator import simulate
-from ..placement.slo import SloPolicy, SloTargets
-from ..placement.step_profile import read_profile
-from ..placement.transfer import Link
-from ..placement.twin import shape_of_cluster, twin_of
-from ..placement.twin_report import RANKS, TwinReport, report
-from ..placement.workload import WorkloadSpec
-from ..placement.workload_file import read_workload
-from .cli import EXIT_OK, add_config_arguments
+from ...configs.load import load_cluster
+from ...configs.schema import ClusterConfig
+from ...placement.calibration import Calibration, read_calibration
+from ...placement.deployment import Deployment
+from ...placement.goodput import Goodput, GoodputSearch
+from ...placement.hardware import read_hardware
+from ...placement.judging import JointJudge
+from ...placement.latency import LatencySource
+from ...placement.network import Network
+from ...placement.roofline import RooflineLatency
+from ...placement.simulator import simulate
+from ...placement.slo import SloPolicy, SloTargets
+from ...placement.step_profile import read_profile
+from ...placement.transfer import Link
+from ...placement.twin import shape_of_cluster, twin_of
+from ...placement.twin_report import RANKS, TwinReport, report
+from ...placement.workload import WorkloadSpec
+from ...placement.workload_file import read_workload
+from ..cli import EXIT_OK, add_config_arguments
 
 EXAMPLES = """\
   phasewise simulate configs/local.yaml --workload trace.csv --profile cpu.json --rate 2

@@ -13,9 +13,9 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
-from .cli import EXIT_OK, EXIT_RUNTIME
-from .client import Client
-from .output import Output
+from ..cli import EXIT_OK, EXIT_RUNTIME
+from ..client import Client
+from ..output import Output
 
 EXAMPLES = """\
   phasewise generate "def main(" --address 127.0.0.1:50051

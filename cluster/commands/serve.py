@@ -17,14 +17,14 @@ import sys
 import time
 from typing import TYPE_CHECKING
 
-from ..configs.load import load_cluster
-from ..configs.schema import ClusterConfig
-from .checkpoint import resolve
-from .cli import EXIT_OK, EXIT_RUNTIME, add_config_arguments
+from ...configs.load import load_cluster
+from ...configs.schema import ClusterConfig
+from ..checkpoint import resolve
+from ..cli import EXIT_OK, EXIT_RUNTIME, add_config_arguments
 
 if TYPE_CHECKING:
-    from .gateway import Gateway
-    from .service import Service
+    from ..gateway import Gateway
+    from ..service import Service
 
 EXAMPLES = """\
   phasewise serve configs/local.yaml
@@ -71,7 +71,7 @@ class Signals:
 async def _serve(config: ClusterConfig, *, as_json: bool) -> int:
     signals = Signals()
     started_s = time.monotonic()
-    from .service import Service  # Ray and gRPC, which a bad file never waits for
+    from ..service import Service  # Ray and gRPC, which a bad file never waits for
 
     service = Service(config)
     killer = asyncio.create_task(_kill(service, signals.third))

@@ -15,9 +15,9 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from .cli import EXIT_OK
-from .client import Client
-from .proto import phasewise_pb2 as pb
+from ..cli import EXIT_OK
+from ..client import Client
+from ..proto import phasewise_pb2 as pb
 
 EXAMPLES = """\
   phasewise status --address 127.0.0.1:50051

@@ -23,19 +23,19 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from .. import __version__
-from ..configs.errors import InvalidConfig
-from ..configs.load import load_cluster
-from ..configs.schema import ClusterConfig
-from ..engine.runner import Runner, build_runner
-from ..placement.fitting import Point, fit_coefficients, fit_knots, medians
-from ..placement.step_profile import ProfilePoint, StepProfile, write_profile
-from .checkpoint import resolve
-from .cli import EXIT_OK, add_config_arguments
-from .profile_measure import Timed, measure
-from .profile_points import Room, Step, decode_steps, prefill_steps
-from .resources import worker_specs
-from .spec import WorkerSpec
+from ... import __version__
+from ...configs.errors import InvalidConfig
+from ...configs.load import load_cluster
+from ...configs.schema import ClusterConfig
+from ...engine.runner import Runner, build_runner
+from ...placement.fitting import Point, fit_coefficients, fit_knots, medians
+from ...placement.step_profile import ProfilePoint, StepProfile, write_profile
+from ..checkpoint import resolve
+from ..cli import EXIT_OK, add_config_arguments
+from ..profiling.measure import Timed, measure
+from ..profiling.points import Room, Step, decode_steps, prefill_steps
+from ..resources import worker_specs
+from ..spec import WorkerSpec
 from .status import to_text
 
 EXAMPLES = """\

@@ -13,8 +13,8 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from math import nan
 
-from ..configs.errors import PhasewiseError
-from .proto import phasewise_pb2 as pb
+from ...configs.errors import PhasewiseError
+from ..proto import phasewise_pb2 as pb
 
 UNFINISHED = "Unfinished"  # cut off when the time was over
 INCOMPLETE = "Incomplete"  # ended well with fewer tokens than asked for

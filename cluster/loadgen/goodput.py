@@ -12,10 +12,10 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from math import floor, isinf, sqrt
 
-from ..placement.slo import SloPolicy, meets_policy
-from ..placement.workload import Workload
-from .bench_load import Sample
-from .bench_report import Report
+from ...placement.slo import SloPolicy, meets_policy
+from ...placement.workload import Workload
+from .load import Sample
+from .report import Report
 
 TOLERANCE = 1.05  # the rate that failed over the one that held, at the end
 LOWEST_RPS, HIGHEST_RPS = 0.01, 20_000.0

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ..placement.slo import SloPolicy
-from ..placement.workload import Workload
-from .proto import phasewise_pb2 as pb
+from ...placement.slo import SloPolicy
+from ...placement.workload import Workload
+from ..proto import phasewise_pb2 as pb
 
 
 def requests_of(

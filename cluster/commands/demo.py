@@ -22,24 +22,24 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from ..configs.errors import InvalidConfig
-from ..configs.load import load_cluster
-from .checkpoint import resolve
-from .cli import EXIT_OK
-from .client import AsyncClient
-from .output import Timings
+from ...configs.errors import InvalidConfig
+from ...configs.load import load_cluster
+from ..checkpoint import resolve
+from ..cli import EXIT_OK
+from ..client import AsyncClient
+from ..output import Timings
 from .serve import Signals
 from .status import to_text
 
 if TYPE_CHECKING:
-    from .service import Service
+    from ..service import Service
 
 EXAMPLES = """\
   phasewise demo
   phasewise demo --max-tokens 128 | cat
 """
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 CONFIG = ROOT / "configs" / "local.yaml"
 CHECKPOINT = ROOT / "models" / "tiny"
 TRAINER = ROOT / "models" / "train_tiny.py"
@@ -85,7 +85,7 @@ def _ensure_checkpoint() -> None:
 async def _demo(max_tokens: int) -> int:
     signals = Signals()
     config = resolve(load_cluster(CONFIG, OVERRIDES))
-    from .service import Service
+    from ..service import Service
 
     service = Service(config)
     demo = asyncio.create_task(_show(service, signals, max_tokens))

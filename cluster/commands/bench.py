@@ -29,17 +29,17 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from ..configs.errors import InvalidConfig
-from ..engine.errors import Unavailable
-from ..placement.slo import SloPolicy, SloTargets
-from ..placement.workload import Workload, WorkloadSpec
-from ..placement.workload_file import read_workload
-from .bench_goodput import Goodput, Hopeless, Trial, find_goodput, held
-from .bench_load import Run, offer
-from .bench_report import Report, render, report_of
-from .bench_requests import requests_of
-from .cli import EXIT_OK, EXIT_RUNTIME
-from .client import AsyncClient
+from ...configs.errors import InvalidConfig
+from ...engine.errors import Unavailable
+from ...placement.slo import SloPolicy, SloTargets
+from ...placement.workload import Workload, WorkloadSpec
+from ...placement.workload_file import read_workload
+from ..cli import EXIT_OK, EXIT_RUNTIME
+from ..client import AsyncClient
+from ..loadgen.goodput import Goodput, Hopeless, Trial, find_goodput, held
+from ..loadgen.load import Run, offer
+from ..loadgen.report import Report, render, report_of
+from ..loadgen.requests import requests_of
 from .status import to_text
 
 EXAMPLES = """\

@@ -11,11 +11,11 @@ import argparse
 import json
 from typing import Any
 
-from ..configs.errors import InvalidConfig
-from ..configs.load import load_cluster
-from ..configs.schema import ClusterConfig
-from .checkpoint import resolve
-from .cli import EXIT_INPUT, EXIT_OK, add_config_arguments
+from ...configs.errors import InvalidConfig
+from ...configs.load import load_cluster
+from ...configs.schema import ClusterConfig
+from ..checkpoint import resolve
+from ..cli import EXIT_INPUT, EXIT_OK, add_config_arguments
 
 EXAMPLES = """\
   phasewise validate configs/local.yaml

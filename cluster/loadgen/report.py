@@ -13,9 +13,9 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from ..placement.slo import SloPolicy, class_attainments, met
-from ..placement.workload import Workload
-from .bench_load import Run, Sample
+from ...placement.slo import SloPolicy, class_attainments, met
+from ...placement.workload import Workload
+from .load import Run, Sample
 
 RANKS = (50, 90, 95, 99)
 LATE_MS = 5.0  # p99 of the sends' lateness from which the figures are the client's own

@@ -12,12 +12,12 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from ..configs.errors import InvalidConfig
-from ..engine.batch import Batch
-from ..engine.compute import StepRunner
-from ..engine.request import Request, SamplingParams
-from ..engine.sequence import Sequence as EngineSequence
-from .profile_points import Step
+from ...configs.errors import InvalidConfig
+from ...engine.batch import Batch
+from ...engine.compute import StepRunner
+from ...engine.request import Request, SamplingParams
+from ...engine.sequence import Sequence as EngineSequence
+from .points import Step
 
 SHARE = 0.1  # of the time there is that a single step may take
 MOST_REPEATS = 9

@@ -17,16 +17,16 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from ..configs.load import load_plan
-from ..placement.explain import explain, summary
-from ..placement.plan import Infeasible, Plan, check_config, make_plan
-from ..placement.plan_file import cluster_yaml, plan_json
-from ..placement.problem import read_problem
-from ..placement.provision import Provision, options_of, provision
-from ..placement.report import report_html
-from ..placement.search import Report
-from ..placement.sensitivity import Sensitivity, sensitivity
-from .cli import EXIT_OK
+from ...configs.load import load_plan
+from ...placement.explain import explain, summary
+from ...placement.plan import Infeasible, Plan, check_config, make_plan
+from ...placement.plan_file import cluster_yaml, plan_json
+from ...placement.problem import read_problem
+from ...placement.provision import Provision, options_of, provision
+from ...placement.report import report_html
+from ...placement.search import Report
+from ...placement.sensitivity import Sensitivity, sensitivity
+from ..cli import EXIT_OK
 
 EXIT_INFEASIBLE = 3
 EXAMPLES = """\
