@@ -30,6 +30,7 @@ from rich.table import Table
 Server = Callable[[], AbstractContextManager[int]]
 LARGE = Load(num_requests=100, input_tokens=256, output_tokens=64, concurrency=100)
 WIDE = Load(num_requests=32, input_tokens=128, output_tokens=32, concurrency=32)
+ATTEMPTS = 3
 PAIR = Load(num_requests=60, input_tokens=256, output_tokens=64, concurrency=16)
 
 
@@ -78,11 +79,22 @@ def run_case(
         task = progress.add_task(title, total=(rounds + 1) * len(ports))
         for seed in range(rounds + 1):
             for name, port in ports.items():
-                result = run_load(port, case.shape, case.load, seed)
+                result = run_whole(port, case, seed, f"{title}: {name}")
                 if seed:
                     results[name].append(result)
                 progress.advance(task)
     return results
+
+
+def run_whole(port: int, case: Case, seed: int, title: str) -> LoadResult:
+    """One round. One that lost streams is run again, aloud; what is lost every time counts."""
+    result = run_load(port, case.shape, case.load, seed)
+    for attempt in range(1, ATTEMPTS):
+        if not result.lost:
+            break
+        print(f"{title}: attempt {attempt} of {ATTEMPTS} lost {result.lost}", file=sys.stderr)
+        result = run_load(port, case.shape, case.load, seed)
+    return result
 
 
 def summary(case: Case, results: dict[str, list[LoadResult]]) -> dict[str, object]:

@@ -4,11 +4,12 @@
 
 Two workers of a random 16-layer model, in processes of their own, one thread each; a prompt at a
 time. *Exposed* is the time from the end of the prompt's computation (the last layer's and the
-first token's) to the commit; pull exposes all of a transfer, so 1 - push / pull is the share that
-push hides. *Second token* is the time from the first token to the second; beside it the same on
-one worker that does both (colocated), which has no transfer. Medians; modes take turns; the pools
-have been written once before. Splitwise (ISCA '24, section 6.1) published +16.5% for its
-layer-wise transfer and +64% for a serialized one.
+first token's) to the commit; pull exposes all of a transfer, and 1 - push / pull is the share of
+that time that push hides. *Landed* is the share of a push's bytes that stood in decode's pool
+before prefill told its first token. *Second token* is the time from the first token to the second;
+beside it the same on one worker that does both (colocated), which has no transfer. Medians; modes
+take turns; the pools have been written once before. Splitwise (ISCA '24, section 6.1) published
++16.5% for its layer-wise transfer and +64% for a serialized one.
 """
 
 from __future__ import annotations
@@ -39,6 +40,10 @@ from phasewise.configs.schema import (
 )
 from phasewise.engine.report import Report
 from phasewise.engine.request import Handoff, Request, SamplingParams, TransferAddress, WorkerId
+from phasewise.kv_transfer.copier import Push
+from phasewise.kv_transfer.lease import Action
+from phasewise.kv_transfer.lease_receiver import ReceiverTable
+from phasewise.kv_transfer.shm import ShmWriter
 from rich.console import Console
 from rich.table import Table
 
@@ -59,6 +64,7 @@ class Row:
     prefill_ms: float
     exposed_push_ms: float
     exposed_pull_ms: float
+    landed: float  # share of a push's bytes that was there before prefill told its first token
     hidden: float  # share of the transfer's time that push hides
     second_colocated_ms: float
     second_push_ms: float
@@ -99,6 +105,11 @@ class Worker:
         self.do("exposed_s")
         return self.next()
 
+    def landed(self) -> list[tuple[float, int]]:
+        """When, and how many blocks of a layer, since the last call."""
+        self.do("landed")
+        return self.next()
+
     def until_token(self, count: int = 1) -> list[Told]:
         """Reports up to the one with the `count`-th token or a handoff."""
         told: list[Told] = []
@@ -114,7 +125,27 @@ class Worker:
             pass
 
 
+def _record_landings() -> list[tuple[float, int]]:
+    """From now on, when blocks of layers stood in decode's pool, and how many: as this process
+    wrote them there itself, or as a receiver counted them."""
+    landed: list[tuple[float, int]] = []
+    write, wrote = ShmWriter.write, ReceiverTable.wrote
+
+    def recording_write(self: ShmWriter, push: Push, layers: range) -> None:
+        write(self, push, layers)
+        landed.append((time.monotonic(), len(push.source) * len(layers)))
+
+    def recording_wrote(self: ReceiverTable, *about: Any) -> list[Action]:
+        landed.append((time.monotonic(), about[5]))
+        return wrote(self, *about)
+
+    ShmWriter.write, ReceiverTable.wrote = recording_write, recording_wrote
+    return landed
+
+
 def _serve(spec: WorkerSpec, pipe: Connection) -> None:
+    landed = _record_landings()
+
     async def work() -> None:
         async with assemble(spec) as assembled:
             pipe.send(assembled.address)
@@ -126,6 +157,10 @@ def _serve(spec: WorkerSpec, pipe: Connection) -> None:
                 method, arguments, named = call
                 if method == "exposed_s":
                     pipe.send(sum(pair.exposed_s for pair in assembled.kv.pairs()))
+                    continue
+                if method == "landed":
+                    pipe.send(landed.copy())
+                    landed.clear()
                     continue
                 getattr(assembled.worker, method)(*arguments, **named)
                 assert not any(task.done() for task in tasks), "the worker's loops run"
@@ -147,6 +182,7 @@ class Measured:
     prefill_s: float
     second_s: float
     exposed_s: float
+    landed: float = 0.0  # share
 
 
 class Bench:
@@ -215,7 +251,10 @@ class Bench:
         second = self.decode.until_token()[-1]
         self.decode.rest()
         exposed_s = self.prefill[mode].exposed_s() - before_s
-        return Measured(first.at_s - begin_s, second.at_s - first.at_s, exposed_s)
+        landed = self.prefill[mode].landed() + self.decode.landed()
+        early = sum(count for at_s, count in landed if at_s <= first.at_s)
+        share = early / sum(count for _, count in landed)
+        return Measured(first.at_s - begin_s, second.at_s - first.at_s, exposed_s, share)
 
     def measure(self, mode: str, length: int) -> Measured:
         return self.colocated(length) if mode == "colocated" else self.handed_over(mode, length)
@@ -237,6 +276,7 @@ class Bench:
             prefill_ms=middle("push", "prefill_s"),
             exposed_push_ms=push,
             exposed_pull_ms=pull,
+            landed=middle("push", "landed") / 1e3,
             hidden=1 - push / pull,
             second_colocated_ms=middle("colocated", "second_s"),
             second_push_ms=middle("push", "second_s"),
@@ -255,7 +295,7 @@ def checkpoint(folder: Path) -> Path:
 
 def table(rows: list[Row]) -> Table:
     shown = Table(title="times in ms; 2nd: from the first token to the second")
-    for name in ("tokens", "KV MiB", "prefill", "exposed push", "exposed pull", "hidden"):
+    for name in ("tokens", "KV MiB", "prefill", "exposed push", "exposed pull", "landed", "hidden"):
         shown.add_column(name, justify="right")
     for name in ("2nd colocated", "2nd push", "2nd pull"):
         shown.add_column(name, justify="right")
@@ -267,6 +307,7 @@ def table(rows: list[Row]) -> Table:
             f"{row.prefill_ms:.0f}",
             f"{row.exposed_push_ms:.2f}",
             f"{row.exposed_pull_ms:.2f}",
+            f"{row.landed:.0%}",
             f"{row.hidden:.0%}",
             f"{base:.1f}",
             f"{row.second_push_ms:.1f} ({row.second_push_ms / base - 1:+.0%})",

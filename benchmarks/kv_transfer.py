@@ -1,10 +1,11 @@
 """How fast KV moves between two processes of one host, and how soon one block is acknowledged.
 
-    python benchmarks/kv_transfer.py [--json FILE] [--repeats 5]
+    python benchmarks/kv_transfer.py [--json FILE] [--repeats 5] [--nixl VENV] [--mooncake VENV]
 
 A job is 32 layers × 128 scattered blocks of 64 KiB from one pool to another (256 MiB). `shm`, `tcp`
 and `gloo` are this project's endpoints, timed from `push` to the sender's `Ended(committed)`,
-leases and all; `memcpy`, `plain_tcp` and `plain_gloo` are the references of `kv_references`.
+leases and all; `memcpy`, `plain_tcp` and `plain_gloo` are the references of `kv_references`;
+`nixl` and `mooncake`, over TCP, run in venvs of their own (benchmarks/peers/README.md).
 Engines take turns within each repeat, ratios are to the same repeat's memcpy, and every transfer
 is compared byte by byte. The last column is one 64 KiB block of one layer, with acknowledgement;
 there `bare_shm` and `bare_tcp` are the transports alone, without leases and event loops.
@@ -14,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import importlib.util
 import json
 import multiprocessing
 import os
@@ -30,6 +30,7 @@ from typing import Any
 
 import numpy as np
 from kv_references import Gloo, Memcpy, PlainTcp
+from peers.kv_peer import PEERS, KVPeer, open_peers
 from phasewise.engine.layout import KVLayout
 from phasewise.engine.request import TransferAddress, WorkerId
 from phasewise.kv_transfer.copier import Push
@@ -47,7 +48,6 @@ LAYOUT = KVLayout(
 )
 NUM_BLOCKS = 128
 REFERENCES = {"memcpy": Memcpy, "plain_tcp": PlainTcp, "plain_gloo": Gloo}
-OPTIONAL = {"nixl": "nixl", "mooncake": "mooncake"}  # engine: module; measured where installed
 BARE = {"bare_shm": "shm", "bare_tcp": "tcp"}
 Job = tuple[list[int], list[int]]
 TIMEOUT_S = 60.0
@@ -283,24 +283,39 @@ class Arrays:
                     raise AssertionError(f"{engine}: wrong bytes in layer {layer}, block {other}")
 
 
-def measure_throughput(engines: list[str], repeats: int) -> dict[str, list[float]]:
+def measure_throughput(
+    engines: list[str], repeats: int, peers: dict[str, KVPeer]
+) -> dict[str, list[float]]:
     """Seconds of the whole job, a list per engine, in turns."""
     arrays, rng = Arrays(LAYOUT), random.Random(0)
     pairs = {engine: Pair(engine, arrays.pools, LAYOUT) for engine in engines}
-    seconds: dict[str, list[float]] = {engine: [] for engine in engines}
+    everyone = [*engines, *peers]
+    seconds: dict[str, list[float]] = {engine: [] for engine in everyone}
     try:
         for repeat in range(repeats + 1):  # the first warms up
-            for engine in rng.sample(engines, len(engines)):
+            for engine in rng.sample(everyone, len(everyone)):
                 job = scattered(LAYOUT, NUM_BLOCKS, rng)
-                arrays.poison()
-                taken = pairs[engine].run(job)
-                arrays.check(engine, job)
+                if engine in peers:  # with pools of its own, which it compares
+                    taken = peers[engine].run(job, LAYOUT.num_layers)
+                else:
+                    arrays.poison()
+                    taken = pairs[engine].run(job)
+                    arrays.check(engine, job)
                 if repeat:
                     seconds[engine] += taken
     finally:
         for pair in pairs.values():
             pair.close()
     return seconds
+
+
+def measure_peer_block(peer: KVPeer, repeats: int) -> float:
+    """As `measure_block`."""
+    rng, taken = random.Random(1), []
+    for _ in range(repeats):
+        job = scattered(LAYOUT, 1, rng)
+        taken += peer.run(job, 1, 33)[3:]
+    return statistics.median(taken)
 
 
 def measure_block(engines: list[str], repeats: int) -> dict[str, float]:
@@ -328,14 +343,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", metavar="FILE", nargs="?", const="-", help="'-': to stdout")
     parser.add_argument("--repeats", type=int, default=5)
+    for name in PEERS:
+        parser.add_argument(f"--{name}", type=Path, metavar="VENV")
     arguments = parser.parse_args()
-    for engine, module in OPTIONAL.items():
-        found = importlib.util.find_spec(module) is not None
-        why = "has no row here yet" if found else f"module {module!r} is not installed"
-        print(f"skipped: {engine}: {why}", file=sys.stderr)
+    peers = open_peers({name: getattr(arguments, name) for name in PEERS})
     engines = [*REFERENCES, "shm", "tcp", "gloo"]
-    seconds = measure_throughput(engines, arguments.repeats)
-    block = measure_block([*engines, *BARE], arguments.repeats)
+    try:
+        seconds = measure_throughput(engines, arguments.repeats, peers)
+        block = measure_block([*engines, *BARE], arguments.repeats)
+        block |= {name: measure_peer_block(peers[name], arguments.repeats) for name in peers}
+    finally:
+        for peer in peers.values():
+            peer.close()
     size = LAYOUT.num_layers * NUM_BLOCKS * LAYOUT.block_bytes
     rows = [
         Row(

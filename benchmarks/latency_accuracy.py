@@ -3,6 +3,9 @@
 Every row fits on part of a published table and predicts the rest. "grid point": all repeats of
 one point are left out, the others fitted, for each point in turn. "model" or "shape": the eight
 coefficients of a hardware sheet are fitted on other models only. Repeats never stand on both sides.
+Where aiconfigurator-core is installed, its database is one more table: a profile of its steps with
+grid points left out, the eight coefficients fitted on other models ("model"), and our sheets as
+they are ("everything").
 
     python benchmarks/latency_accuracy.py [--json] [--data tests/placement/data]
 """
@@ -10,19 +13,28 @@ coefficients of a hardware sheet are fitted on other models only. Repeats never 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
+import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
 from phasewise.placement import tables
+from phasewise.placement.aiconfigurator_source import AiconfiguratorLatency
 from phasewise.placement.fitting import Point, fit_coefficients, fit_knots, medians
 from phasewise.placement.hardware import Hardware, read_hardware
-from phasewise.placement.roofline import layer_s
+from phasewise.placement.latency import NoLatency, Phase, PhaseLatency
+from phasewise.placement.model_shape import ModelShape, read_shape
+from phasewise.placement.roofline import RooflineLatency, layer_s
 from phasewise.placement.step_profile import StepProfile
 from scipy.optimize import least_squares
 
+MODELS = Path(__file__).parent.parent / "configs" / "models"
+DENSE = ("llama-3.1-8b", "llama-3.1-70b", "qwen3-32b")
+DATABASE_MODELS = (*DENSE, "mixtral-8x7b")
+PHASES: tuple[Phase, ...] = ("prefill", "decode")
 HELIX = {"llama1_30b": 60, "llama2_70b": 80}  # model -> layers
 HELIX_GPUS = ("a100", "v100", "l4", "l4x2", "t4", "t4x2", "t4x4")
 A40 = {"flops": 149.7e12, "memory_bandwidth": 0.696e12}  # NVIDIA A40 data sheet
@@ -153,17 +165,96 @@ def fit_layers(rows: Sequence[tables.LayerRow], sheet: Hardware) -> Hardware:
     return fitted(least_squares(residuals, start, loss="soft_l1", f_scale=0.1).x)
 
 
+def database_rows(_: Path) -> Iterator[Accuracy]:
+    """NVIDIA's database for our example models, all tensor parallelisms together."""
+    if importlib.util.find_spec("aiconfigurator_core") is None:
+        return
+    for gpu in ("h100", "h200"):
+        sheet = read_hardware(gpu)
+        steps = {name: database_steps(name, gpu) for name in DATABASE_MODELS}
+        for name, found in steps.items():
+            for phase in ("prefill", "decode"):
+                where = f"NVIDIA's database {gpu} {name} {phase}"
+                for tp in (1, 4):
+                    points = [s.point for s in found if (s.phase, s.tp) == (phase, tp)]
+                    if points:
+                        yield leave_points_out(f"{where} TP{tp}", points, by_knots, folds=20)
+                yield _accuracy(where, "everything", sheet_errors(found, phase, sheet))
+        dense = {name: found for name, found in steps.items() if name in DENSE}
+        for held in dense:
+            seen = [step for name, found in dense.items() if name != held for step in found]
+            fitted = fit_sheet(seen, sheet)
+            for phase in ("prefill", "decode"):
+                errors = sheet_errors(dense[held], phase, fitted)
+                yield _accuracy(f"NVIDIA's database {gpu} {held} {phase}", "model", errors)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DatabaseStep:
+    shape: ModelShape
+    phase: Phase
+    tp: int
+    point: Point
+
+
+def database_steps(name: str, gpu: str) -> list[DatabaseStep]:
+    shape = read_shape(MODELS / name)
+    source = AiconfiguratorLatency(model=MODELS / name, name=name, hardware=gpu)
+    found = []
+    for tp in (1, 2, 4, 8):
+        try:
+            profile = source.profile(tp)
+        except NoLatency as error:
+            print(error, file=sys.stderr)
+            continue
+        for phase in PHASES:
+            points = _points(profile, phase, tp)
+            found += [DatabaseStep(shape=shape, phase=phase, tp=tp, point=p) for p in points]
+    return found
+
+
+def sheet_errors(steps: Sequence[DatabaseStep], phase: str, sheet: Hardware) -> list[float]:
+    chosen = [step for step in steps if step.phase == phase]
+    return [abs(ratio - 1) for ratio in sheet_ratios(chosen, sheet)]
+
+
+def sheet_ratios(steps: Sequence[DatabaseStep], sheet: Hardware) -> list[float]:
+    """Predicted over given."""
+    known: dict[tuple[ModelShape, int], PhaseLatency] = {}
+    ratios = []
+    for step in steps:
+        key = step.shape, step.tp
+        if key not in known:
+            known[key] = RooflineLatency(shape=step.shape, hardware=sheet).phase("mixed", step.tp)
+        ratios.append(known[key].total_s(step.point[0]) / step.point[1])
+    return ratios
+
+
+def fit_sheet(steps: Sequence[DatabaseStep], sheet: Hardware) -> Hardware:
+    """The sheet with all its coefficients fitted."""
+    names = [field.name for field in fields(sheet.coefficients)]
+
+    def fitted(logs: np.ndarray) -> Hardware:
+        values = dict(zip(names, np.exp(logs).tolist(), strict=True))
+        return replace(sheet, coefficients=replace(sheet.coefficients, **values))
+
+    def residuals(logs: np.ndarray) -> np.ndarray:
+        return np.log(sheet_ratios(steps, fitted(logs)))
+
+    start = np.log([getattr(sheet.coefficients, name) for name in names])
+    return fitted(least_squares(residuals, start, loss="soft_l1", f_scale=0.1, max_nfev=30).x)
+
+
+SECTIONS = (splitwise_rows, helix_rows, vidur_rows, unseen_model_rows, database_rows)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     default = Path(__file__).parent.parent / "tests" / "placement" / "data"
     parser.add_argument("--data", type=Path, default=default)
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
-    rows = [
-        row
-        for section in (splitwise_rows, helix_rows, vidur_rows, unseen_model_rows)
-        for row in section(arguments.data)
-    ]
+    rows = [row for section in SECTIONS for row in section(arguments.data)]
     if arguments.json:
         print(json.dumps([asdict(row) for row in rows], indent=1))
         return

@@ -1,12 +1,15 @@
-"""How fast one simulation is, and how its cost grows with the number of requests.
+"""How fast the planner is: one simulation, its cost up to a million requests, and whole plans.
 
     python benchmarks/planner.py [--json] [--requests 1000000] [--peer-s 1.52]
 
-OPT-13B with DistServe's A100 coefficients, prefill TP2, decode TP1, at 4.5 requests a second,
-lengths drawn from ShareGPT. Two simulators, medians over repeats, in process CPU seconds and on
-the wall: "simulator" drives the schedulers that run live, with KV transfer and memory; "mirror"
-is DistServe's own assumptions as recurrences. `--peer-s` is what simdistserve takes for 1,000
-such requests on the machine at hand.
+Simulation: OPT-13B with DistServe's A100 coefficients, prefill TP2, decode TP1, at 4.5 requests a
+second, lengths drawn from ShareGPT. Two simulators, medians over repeats, in process CPU seconds
+and on the wall: "simulator" drives the schedulers that run live, with KV transfer and memory;
+"mirror" is DistServe's own assumptions as recurrences. `--peer-s` is what simdistserve takes for
+1,000 such requests on the machine at hand.
+
+Plans: OPT-66B on 4 nodes of 8 GPUs, with KV anywhere (high affinity), KV inside nodes (low), and
+the better of both; from reading the file to the verified placement.
 """
 
 from __future__ import annotations
@@ -18,10 +21,13 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from phasewise.configs.load import load_plan
 from phasewise.placement.deployment import Deployment, replicas
 from phasewise.placement.distserve_mirror import MirrorPhase, mirror
 from phasewise.placement.distserve_profile import DistServeLatency, read_distserve_profile
 from phasewise.placement.network import Network
+from phasewise.placement.plan import make_plan
+from phasewise.placement.problem import read_problem
 from phasewise.placement.simulator import simulate
 from phasewise.placement.traces import read_trace
 from phasewise.placement.transfer import Link
@@ -34,7 +40,7 @@ KV_BYTES_PER_TOKEN = 2 * 40 * 5120 * 2  # OPT-13B in FP16
 KV_TOKENS = 55_000  # what a decode GPU of 80 GB holds beside 26 GB of weights
 NVLINK = Link(bytes_per_s=300e9)
 PEER_S = 1.52  # simdistserve, 1,000 requests, two shared cores
-LARGEST_SIMULATED = 100_000  # beyond it, only the recurrences
+PLAN = Path(__file__).parents[1] / "configs" / "plan-opt-66b-sharegpt.yaml"
 
 
 def workload(num_requests: int) -> Workload:
@@ -102,20 +108,37 @@ def measure(largest: int, peer_s: float) -> dict[str, object]:
         repeats = max(1, min(7, 20_000 // size))
         wall_s, cpu_s = median_s(lambda c=counted: mirror(c, *phases), repeats)
         row = {"requests": size, "mirror_s": wall_s, "mirror_cpu_s": cpu_s}
-        if size <= LARGEST_SIMULATED:
-            wall_s, cpu_s = median_s(lambda w=requests: simulate(system, w), repeats)
-            row |= {"simulator_s": wall_s, "simulator_cpu_s": cpu_s}
+        wall_s, cpu_s = median_s(lambda w=requests: simulate(system, w), repeats)
+        row |= {"simulator_s": wall_s, "simulator_cpu_s": cpu_s}
         rows.append(row)
         size *= 10
-    first = rows[0]
+    first, last = rows[0], rows[-1]
     return {
         "simulation": rows,
         "peer_s": peer_s,
         "mirror_times_peer": peer_s / first["mirror_s"],
         "simulator_times_peer": peer_s / first["simulator_s"],
-        "mirror_cost_growth": rows[-1]["mirror_cpu_s"]
-        / rows[-1]["requests"]
-        / (first["mirror_cpu_s"] / first["requests"]),
+        "mirror_cost_growth": growth(first, last, "mirror_cpu_s"),
+        "simulator_cost_growth": growth(first, last, "simulator_cpu_s"),
+    }
+
+
+def growth(first: dict[str, float], last: dict[str, float], key: str) -> float:
+    """Of the cost of one request, from the smallest run to the largest."""
+    return last[key] / last["requests"] / (first[key] / first["requests"])
+
+
+def plan(affinity: str) -> dict[str, object]:
+    """From reading the file to the verified placement."""
+    wall_s, cpu_s = time.perf_counter(), time.process_time()
+    config = load_plan(PLAN, (f"search.affinity={affinity}", 'search.compare=""'))
+    found = make_plan(read_problem(config, PLAN.parent), lambda what, share: None)
+    return {
+        "seconds": round(time.perf_counter() - wall_s, 2),
+        "cpu_seconds": round(time.process_time() - cpu_s, 2),
+        "placements": found.search.considered,
+        "best": str(found.best.judged.placement),
+        "goodput_rps": round(found.best.judged.rate_rps, 2),
     }
 
 
@@ -127,15 +150,19 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=1_000_000, help="the largest simulation")
     parser.add_argument("--peer-s", type=float, default=PEER_S, help="simdistserve's seconds")
     args = parser.parse_args()
-    figures = measure(args.requests, args.peer_s)
+    plans = {affinity: plan(affinity) for affinity in ("high", "low", "auto")}
+    figures = measure(args.requests, args.peer_s) | {"plans": plans}
     if args.json:
         print(json.dumps(figures))
         return
     for row in figures["simulation"]:
         words = [f"{key} {value:.4g}" for key, value in row.items()]
         print("  ".join(words))
-    for key in ("mirror_times_peer", "simulator_times_peer", "mirror_cost_growth"):
-        print(f"{key:22s} {figures[key]:8.2f}")
+    for key, value in figures.items():
+        if isinstance(value, float):
+            print(f"{key:22s} {value:8.2f}")
+    for affinity, row in plans.items():
+        print(f"plan, {affinity:<4} affinity {row['seconds']:6.2f} s  {row['best']}")
 
 
 if __name__ == "__main__":

@@ -15,11 +15,13 @@ from ..engine.compute import ComputeThread, StepRunner
 from ..engine.layout import KVLayout
 from ..engine.ranks import RankHost
 from ..engine.request import TransferAddress
+from ..engine.shard_plan import plan_shards
 from ..engine.spec import load_spec
 from ..engine.step_time_online import OnlineStepTime
-from ..kv_transfer.endpoint import KVEndpoint
 from ..kv_transfer.events import TransferConfig
+from ..kv_transfer.fit import Held, held_by, whole
 from ..kv_transfer.memory import KVMemory, memory_on
+from ..kv_transfer.rank_endpoint import RankEndpoint
 from ..kv_transfer.ranked import Endpoint, RankDoor, RankedEndpoint
 from ..prefill_worker.scheduler import PrefillLimits, PrefillScheduler
 from ..prefill_worker.worker import PrefillWorker
@@ -120,7 +122,9 @@ async def assemble(
     runner = _build_runner(spec, memories, ranks)
     compute = ComputeThread(runner)
     config = transfer_config(spec, runner.layout)
-    own = KVEndpoint(spec.worker, runner.layout, memories[0], config)
+    own = RankEndpoint(
+        spec.worker, runner.layout, memories[0], config, held_of(spec, runner.layout)
+    )
     kv = own if door is None else RankedEndpoint(own, door, spec.num_ranks)
     try:
         address = await kv.start()
@@ -150,6 +154,7 @@ def _build_runner(spec: WorkerSpec, memories: list[KVMemory], ranks: RankHost | 
         spec.model.path,
         sampler=Sampler(model.vocab_size, model.eos_token_ids),
         dtype=spec.model.dtype,
+        kv_dtype=spec.kv.dtype,
         device=spec.pool.device,
         threads=spec.threads_a_rank or None,
         block_size=spec.kv.block_size,
@@ -162,7 +167,7 @@ def _build_runner(spec: WorkerSpec, memories: list[KVMemory], ranks: RankHost | 
         ranks=ranks,
     )
     try:
-        runner.warm_up()
+        runner.warm_up(spec.decode.max_batch_size if spec.decode is not None else 0)
     except BaseException:
         runner.close()
         raise
@@ -223,6 +228,19 @@ def transfer_config(spec: WorkerSpec, layout: KVLayout) -> TransferConfig:
         pace = pool_bytes_per_s(spec, layout)
         config = replace(config, small_bytes=0, pace_bytes_per_s=pace)
     return config
+
+
+def held_of(spec: WorkerSpec, layout: KVLayout, rank: int = 0) -> Held:
+    """What the worker's ranks hold, and what this one does: `layout`."""
+    if spec.num_ranks == 1:
+        return whole(layout)
+    shards = plan_shards(
+        load_spec(spec.model.path),
+        tensor_parallel=spec.pool.tensor_parallel,
+        pipeline_parallel=spec.pool.pipeline_parallel,
+        section=spec.role,
+    )
+    return held_by(shards, rank, layout)
 
 
 def _prefixes_are_equal(runner: StepRunner) -> bool:

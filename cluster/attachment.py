@@ -29,12 +29,14 @@ class Attachment:
         self.ids: dict[int, str] = {}  # open slots -> sequence ids
         self._cursor = -1  # how far it knows the prefix cache
         self._unsent = pb.FromWorker()
+        self._slots: list[int] = []  # its columns of tokens: they fill lists faster
+        self._token_ids: list[int] = []
         self._wake = asyncio.Event()
         self._closed = False
 
     def token(self, slot: int, token_id: int, logprobs: TokenLogprobs | None) -> None:
-        self._unsent.slots.append(slot)
-        self._unsent.token_ids.append(token_id)
+        self._slots.append(slot)
+        self._token_ids.append(token_id)
         if logprobs is not None:
             self._unsent.logprobs.append(logprobs_to_pb(slot, logprobs))
 
@@ -106,4 +108,8 @@ class Attachment:
                 return
             self._wake.clear()
             message, self._unsent = self._unsent, pb.FromWorker()
+            message.slots.extend(self._slots)
+            message.token_ids.extend(self._token_ids)
+            self._slots.clear()
+            self._token_ids.clear()
             yield message

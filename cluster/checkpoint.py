@@ -13,17 +13,18 @@ from ..engine.spec import ModelSpec, load_spec
 from .paced import check_paced, paced_token_bytes
 
 
-def resolve(config: ClusterConfig) -> ClusterConfig:
-    """The config with `model.max_model_len` filled in, checked against the checkpoint.
+def resolve(config: ClusterConfig, *, with_weights: bool = True) -> ClusterConfig:
+    """The config with `model.max_model_len` filled in, checked against the checkpoint; without
+    weights against its config.json alone, for a file that another machine will launch.
 
     Raises InvalidConfig for a checkpoint that is missing or not supported, a length that the
     model has no positions for, and a KV cache that cannot hold one sequence of full length.
     """
     path = config.model.path
     paced = config.decode.device == "paced"
-    _check_files(path, with_weights=not paced)
+    _check_files(path, with_weights=with_weights and not paced)
     for pool in (config.prefill, config.decode) if paced else ():
-        check_paced(config.model, config.paced, pool.tensor_parallel)
+        check_paced(config.model, config.kv, config.paced, pool.tensor_parallel)
     spec = load_spec(path)
     _check_splits(config, spec)
     limit = position_limit(spec)
@@ -39,8 +40,8 @@ def resolve(config: ClusterConfig) -> ClusterConfig:
         raise InvalidConfig(
             "kv.memory",
             f"{config.kv.memory} bytes hold {room} tokens, less than one sequence of "
-            f"{asked or config.kv.block_size}",
-            f"give {_bytes_for(config, spec, asked or config.kv.block_size)} bytes or more, "
+            f"{asked or max(config.block_sizes)}",
+            f"give {_bytes_for(config, spec, asked or max(config.block_sizes))} bytes or more, "
             "or lower model.max_model_len",
         )
     resolved = asked or (room if limit is None else min(limit, room))
@@ -63,21 +64,27 @@ def position_limit(spec: ModelSpec) -> int | None:
 
 def kv_tokens(config: ClusterConfig, spec: ModelSpec) -> int:
     """Tokens that one worker's KV cache holds, in whole blocks."""
-    block_bytes = _token_bytes(config, spec) * config.kv.block_size
-    return config.kv.memory // block_bytes * config.kv.block_size
+    return min(
+        config.kv.memory // _block_bytes(config, spec, size) * size for size in config.block_sizes
+    )
 
 
 def _bytes_for(config: ClusterConfig, spec: ModelSpec, num_tokens: int) -> int:
-    num_blocks = -(-num_tokens // config.kv.block_size)
-    return num_blocks * config.kv.block_size * _token_bytes(config, spec)
-
-
-def _token_bytes(config: ClusterConfig, spec: ModelSpec) -> int:
-    if config.decode.device == "paced":
-        return paced_token_bytes(config.model, config.paced)
-    dtype = spec.dtype if config.model.dtype == "auto" else config.model.dtype
     return max(
-        sum(shard.kv_bytes_per_token(spec, dtype) for shard in shards)
+        -(-num_tokens // size) * _block_bytes(config, spec, size) for size in config.block_sizes
+    )
+
+
+def _block_bytes(config: ClusterConfig, spec: ModelSpec, size: int) -> int:
+    """Bytes of a block of `size` tokens over all ranks of a worker, of the pool whose ranks take
+    more."""
+    if config.decode.device == "paced":
+        return paced_token_bytes(config.model, config.kv, config.paced) * size
+    dtype = spec.dtype if config.model.dtype == "auto" else config.model.dtype
+    if config.kv.dtype != "auto":
+        dtype = config.kv.dtype
+    return max(
+        sum(shard.kv_block_bytes(spec, dtype, size) for shard in shards)
         for shards in _check_splits(config, spec)
     )
 
@@ -100,7 +107,10 @@ def _check_splits(config: ClusterConfig, spec: ModelSpec) -> list[tuple[Shard, .
 def _check_files(path: Path, *, with_weights: bool) -> None:
     if not path.is_dir():
         raise InvalidConfig(
-            "model.path", f"{path} is no folder", "point it at a Hugging Face checkpoint"
+            "model.path",
+            f"{path} is no folder",
+            "point it at a Hugging Face checkpoint; to check a file for another machine, validate "
+            "--without-weights --set model.path=DIR, a folder with the model's config.json",
         )
     index = path / "model.safetensors.index.json"
     names = ["model.safetensors"] if with_weights else []

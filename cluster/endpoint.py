@@ -19,6 +19,7 @@ import grpc
 
 from ..engine.ranks import RankHost
 from ..engine.report import Failed, FailureCode, Report
+from ..engine.step_clock import StepClock
 from .assembly import AssembledWorker, assemble
 from .attachment import Attachment
 from .proto import worker_pb2 as pb
@@ -203,6 +204,7 @@ class WorkerServer:
         self._drain_s = 0.0
         self._error: BaseException | None = None
         self._address = ""
+        self.steps: StepClock  # of the worker's steps, once it has started
         self._loop: asyncio.AbstractEventLoop
         self._thread = threading.Thread(target=self._run, name="worker-loop", daemon=True)
 
@@ -242,6 +244,7 @@ class WorkerServer:
         self._loop = asyncio.get_running_loop()
         self._stopping = asyncio.Event()
         async with assemble(self.spec, self._ranks) as assembled:
+            self.steps = assembled.worker.steps
             service = WorkerService(assembled)
             server = grpc.aio.server(options=GRPC_OPTIONS)
             pb_grpc.add_WorkerServicer_to_server(service, server)

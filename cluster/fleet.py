@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import enum
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from ..engine.errors import PhasewiseError
 from ..engine.routing import WorkerView
@@ -18,6 +18,8 @@ from .worker_link import LinkTimes, WorkerLink
 
 REATTACH_S = 0.2  # between attempts to reach a lost worker
 DESCRIBE_S = 0.5
+
+BlockNames = Mapping[int, Sequence[int]]  # of a prompt's full blocks, by their size in tokens
 
 
 class WorkerState(enum.StrEnum):
@@ -72,16 +74,17 @@ class Worker:
             self.outstanding_tokens -= num_tokens
             self.requests -= 1
 
-    def view(self, names: Sequence[int] = ()) -> WorkerView:
+    def view(self, names: BlockNames) -> WorkerView:
         """As a policy sees it for a prompt whose full blocks are called `names`."""
         assert self.link is not None, "only workers that are ready are looked at"
         load, description = self.link.load, self.link.description
+        size = description.block_size
         reported = load.queued_tokens + (load.context_tokens if self.role == "decode" else 0)
         return WorkerView(
             name=self.name,
             outstanding_tokens=max(reported, self.outstanding_tokens),
             requests=self.requests,
-            cached_tokens=self.link.prefixes.count(names) * description.block_size,
+            cached_tokens=self.link.prefixes.count(names.get(size, ())) * size,
             free_blocks=load.blocks.free + load.blocks.cached,
             total_blocks=load.blocks.total,
             max_batch_size=description.max_batch_size,

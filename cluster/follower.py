@@ -14,7 +14,7 @@ from ..engine.follower import Follower, build_follower
 from ..engine.request import WorkerId
 from ..kv_transfer.memory import KVMemory, memory_on
 from ..kv_transfer.rank_follower import FollowerEndpoint, RankFollower, StepClocks
-from .assembly import transfer_config
+from .assembly import held_of, transfer_config
 from .spec import WorkerSpec
 
 
@@ -38,6 +38,7 @@ def follow(spec: WorkerSpec, rank: int, address: str) -> None:
             layout,
             memories[0],
             transfer_config(spec, layout),
+            held_of(spec, layout, rank),
         )
         asyncio.run(_run(follower, endpoint, rank))
     finally:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from ..configs.errors import InvalidConfig
-from ..configs.schema import ModelConfig, PacedConfig
+from ..configs.schema import KVConfig, ModelConfig, PacedConfig
 from ..engine.layout import KVLayout
 from ..engine.paced import PacedRunner, paced_layout
 from ..engine.spec import fingerprint, load_spec
@@ -18,21 +18,24 @@ from ..placement.paced import paced_bytes_per_s, paced_shape, paced_source
 from .spec import WorkerSpec
 
 
-def paced_token_bytes(model: ModelConfig, paced: PacedConfig) -> int:
+def paced_token_bytes(model: ModelConfig, kv: KVConfig, paced: PacedConfig) -> int:
     """KV of one position, as the pretended model has it."""
-    return round(paced_shape(model, paced).kv_bytes_per_token)
+    return round(paced_shape(model, kv, paced).kv_bytes_per_token)
 
 
-def check_paced(model: ModelConfig, paced: PacedConfig, tensor_parallel: int) -> None:
+def check_paced(
+    model: ModelConfig, kv: KVConfig, paced: PacedConfig, tensor_parallel: int
+) -> None:
     """Raises InvalidConfig for what a paced worker cannot pretend."""
-    paced_source(model, paced).phase("mixed", tensor_parallel, 1)
+    paced_source(model, kv, paced).phase("mixed", tensor_parallel, 1)
     paced_bytes_per_s(paced, tensor_parallel)
 
 
 def build_paced_runner(spec: WorkerSpec, allocate: Callable[[int], memoryview]) -> PacedRunner:
     """The pool's memory comes from `allocate`. Raises InvalidConfig, UnsupportedModel."""
-    shape = paced_shape(spec.model, spec.paced)
-    num_blocks = spec.kv.memory // (paced_token_bytes(spec.model, spec.paced) * spec.kv.block_size)
+    shape = paced_shape(spec.model, spec.kv, spec.paced)
+    token_bytes = paced_token_bytes(spec.model, spec.kv, spec.paced)
+    num_blocks = spec.kv.memory // (token_bytes * spec.kv.block_size)
     if num_blocks * spec.kv.block_size < spec.model.max_model_len:
         raise InvalidConfig(
             "kv.memory",
@@ -42,7 +45,8 @@ def build_paced_runner(spec: WorkerSpec, allocate: Callable[[int], memoryview]) 
         )
     # A prefill worker only ever computes prompts; a decode worker rows, chunks, or both at once.
     phase = "prefill" if spec.role == "prefill" else "mixed"
-    latency = paced_source(spec.model, spec.paced).phase(phase, spec.pool.tensor_parallel, 1)
+    source = paced_source(spec.model, spec.kv, spec.paced)
+    latency = source.phase(phase, spec.pool.tensor_parallel, 1)
     layout = paced_layout(
         num_layers=shape.num_layers,
         num_blocks=num_blocks,
@@ -61,5 +65,5 @@ def build_paced_runner(spec: WorkerSpec, allocate: Callable[[int], memoryview]) 
 def pool_bytes_per_s(spec: WorkerSpec, layout: KVLayout) -> float:
     """The pretended link's speed in bytes of the paced pool; 0: not paced."""
     pool_token = layout.num_layers * layout.block_bytes / layout.block_size
-    scale = pool_token / paced_token_bytes(spec.model, spec.paced)
+    scale = pool_token / paced_token_bytes(spec.model, spec.kv, spec.paced)
     return paced_bytes_per_s(spec.paced, spec.pool.tensor_parallel) * scale

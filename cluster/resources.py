@@ -24,6 +24,7 @@ def worker_specs(config: ClusterConfig, cores: int) -> list[WorkerSpec]:
     share = max(1, cores // (config.prefill.replicas + config.decode.replicas))
     prefill = replace(config.prefill, threads=config.prefill.threads or share)
     decode = replace(config.decode, threads=config.decode.threads or share)
+    kv = [replace(config.kv, block_size=size) for size in config.block_sizes]
     heartbeat_s = config.gateway.heartbeat_timeout_s
     spec = WorkerSpec(
         worker=WorkerId(name="", incarnation=1),
@@ -36,11 +37,11 @@ def worker_specs(config: ClusterConfig, cores: int) -> list[WorkerSpec]:
         heartbeat_timeout_s=heartbeat_s,
     )
     prefills = [
-        replace(spec, worker=WorkerId(name=name, incarnation=1), prefill=prefill)
+        replace(spec, worker=WorkerId(name=name, incarnation=1), prefill=prefill, kv=kv[0])
         for name in _names("prefill", config.prefill)
     ]
     decodes = [
-        replace(spec, worker=WorkerId(name=name, incarnation=1), decode=decode)
+        replace(spec, worker=WorkerId(name=name, incarnation=1), decode=decode, kv=kv[1])
         for name in _names("decode", config.decode)
     ]
     return prefills + decodes

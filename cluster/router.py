@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -27,7 +27,7 @@ from ..engine.request import FinishReason, Request
 from ..engine.routing import LeastOutstandingTokens, Policy, PrefixAware
 from . import wire
 from .admission import Admitted
-from .fleet import Fleet, Worker
+from .fleet import BlockNames, Fleet, Worker
 from .metrics import Metrics
 from .proto import worker_pb2 as pb
 from .served_model import ServedModel
@@ -52,7 +52,7 @@ class Route:
 
     prefill: Worker | None
     decode: Worker
-    names: Sequence[int]  # of the prompt's full blocks, for policies that look at caches
+    names: BlockNames  # for policies that look at caches
 
 
 class Router:
@@ -211,18 +211,19 @@ class Router:
         prefill = self._choose("prefill", self._prefill_policy, request, names, avoid, error)
         return Route(prefill, decode, names)
 
-    def _names(self, request: Request) -> Sequence[int]:
+    def _names(self, request: Request) -> BlockNames:
         """Of the full blocks of a prompt, where a policy asks who has them."""
         if not isinstance(self._prefill_policy, PrefixAware):
-            return ()
+            return {}
+        sizes = set()
         for worker in (*self.fleet.ready("prefill"), *self.fleet.ready("decode")):
             description = worker.link.description if worker.link is not None else None
             if description is not None and description.prefix_cache:
-                size = description.block_size
-                return extend_hashes([], request.token_ids, size, request.cache_salt)
-        return ()
+                sizes.add(description.block_size)
+        tokens, salt = request.token_ids, request.cache_salt
+        return {size: extend_hashes([], tokens, size, salt) for size in sizes}
 
-    def _prefills_locally(self, request: Request, names: Sequence[int], decode: Worker) -> bool:
+    def _prefills_locally(self, request: Request, names: BlockNames, decode: Worker) -> bool:
         mode = self.limits.local_prefill
         if mode != "auto":
             return mode == "always"
@@ -243,7 +244,7 @@ class Router:
         role: str,
         policy: Policy,
         request: Request,
-        names: Sequence[int],
+        names: BlockNames,
         avoid: set[str],
         error: PhasewiseError | None = None,
     ) -> Worker:

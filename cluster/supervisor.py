@@ -159,7 +159,8 @@ class Supervisor:
             now_s = self._clock()
             silent_s = (now_s if silent_s is None else silent_s) if lost else None
             if silent_s is not None and now_s - silent_s >= self._silence_s:
-                return f"silent for {self._silence_s:g} s, killed"
+                why = f": {worker.reason}" if worker is not None and worker.reason else ""
+                return f"lost for {self._silence_s:g} s, killed{why}"
             await asyncio.sleep(POLL_S)
 
     async def _restart(self, spec: WorkerSpec, deaths_s: list[float]) -> tuple[WorkerSpec, Started]:

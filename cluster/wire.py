@@ -85,6 +85,7 @@ def address_to_pb(address: TransferAddress) -> pb.TransferAddress:
         shm=address.shm,
         tcp=address.tcp,
         ranks=[address_to_pb(rank) for rank in address.ranks],
+        holds=address.holds,
     )
 
 
@@ -95,6 +96,7 @@ def address_from_pb(message: pb.TransferAddress) -> TransferAddress:
         shm=message.shm,
         tcp=message.tcp,
         ranks=tuple(address_from_pb(rank) for rank in message.ranks),
+        holds=tuple(message.holds),
     )
 
 

@@ -1,7 +1,8 @@
 """The gateway's end of the long-lived stream to one worker.
 
 Promises: every slot that is opened gets exactly one outcome, in bounded time: what the worker
-said, or `Lost` when the connection ended, the worker fell silent, or it left an abort unanswered.
+said, or `Lost` when the connection ended, the worker fell silent, its model step hangs, or it left
+an abort unanswered.
 A token costs one look-up and one call: no queue, task or message of its own. What is sent in one
 tick of the loop travels as one message.
 """
@@ -37,6 +38,7 @@ SILENCE_TICKS = 5  # checks without a message after which a worker is lost
 class LinkTimes:
     connect_s: float = 5.0
     heartbeat_s: float = 1.0  # silence after which the worker is lost
+    step_s: float = 120.0  # so is one whose model step has run for longer
     abort_s: float = 10.0  # an abort unanswered for so long ends the slot
 
 
@@ -130,6 +132,11 @@ class WorkerLink:
             await self.close("connecting failed")
             raise
         self.load = self.description.load
+        try:
+            self._check_step()
+        except Unavailable as error:
+            await self.close(str(error))
+            raise
         self.last_heard_s = self._clock()
         call = self._stub.Attach()
         self._tasks = [
@@ -212,7 +219,7 @@ class WorkerLink:
             self._lose("the worker ended the stream")
         except grpc.aio.AioRpcError as error:
             self._lose(_said(error))
-        except ProtocolError as error:
+        except (ProtocolError, Unavailable) as error:
             self._lose(str(error))
             call.cancel()
 
@@ -281,6 +288,16 @@ class WorkerLink:
             self.prefixes.learn(reset=news.reset, added=news.added, removed=news.removed)
         if message.HasField("load"):
             self.load = message.load
+            self._check_step()
+
+    def _check_step(self) -> None:
+        """A worker's loop beats while its compute thread hangs. Raises Unavailable."""
+        age_s = self.load.step_age_s
+        if age_s > self._times.step_s:
+            raise Unavailable(
+                f"{self.worker}: a model step has run for {age_s:.0f} s; "
+                f"gateway.step_timeout_s allows {self._times.step_s:g} s"
+            )
 
     def _retire(self, slot: Slot, outcome: Outcome) -> None:
         """The number may be used again, so an abort that waits to be sent must not meet it."""

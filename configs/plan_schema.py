@@ -36,15 +36,19 @@ class PlannedModel:
 class LatencyConfig:
     """Where step times come from."""
 
-    source: Literal["sheet", "profile", "distserve"] = "sheet"
+    source: Literal["sheet", "profile", "distserve", "aiconfigurator"] = "sheet"
     """sheet: config.json and the hardware sheet. profile: a file of `phasewise profile`.
-    distserve: its published coefficients."""
+    distserve: its published coefficients. aiconfigurator: NVIDIA's database, where that optional
+    package is installed."""
     file: Path | None = None
-    """The profile; not for sheet."""
+    """The profile; not for sheet and aiconfigurator."""
     model: str = ""
     """The model's name in a DistServe file."""
     kv_tokens: CountOrZero = 0
     """Positions that one worker holds. 0: worked out from memory."""
+    calibration: Path | None = None
+    """What a launched cluster was measured to spend outside steps, as `simulate --calibration`
+    takes it: plans are verified with it. null: nothing."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -34,8 +34,8 @@ def _check_phases(config: ClusterConfig) -> None:
 
 
 def _check_splits(config: ClusterConfig) -> None:
-    """KV moves rank by rank between workers that are split alike. A paced worker pretends to be a
-    tensor-parallel group, but has one step at a time like all others."""
+    """KV moves between any two splits, in blocks of which the smaller divide the larger. A paced
+    worker pretends to be a tensor-parallel group, but has one step at a time like all others."""
     for name, pool in (("prefill", config.prefill), ("decode", config.decode)):
         if pool.device == "paced" and pool.pipeline_parallel > 1:
             raise InvalidConfig(
@@ -43,18 +43,16 @@ def _check_splits(config: ClusterConfig) -> None:
                 f"{pool.pipeline_parallel}: a paced worker has one stage",
                 "set it to 1",
             )
-    if config.prefill.replicas == 0 or config.decode.device == "paced":
-        return
-    for key in ("tensor_parallel", "pipeline_parallel"):
-        prefill, decode = getattr(config.prefill, key), getattr(config.decode, key)
-        if prefill != decode:
-            larger, other = ("prefill", "decode") if prefill > decode else ("decode", "prefill")
-            raise InvalidConfig(
-                f"{larger}.{key}",
-                f"{max(prefill, decode)}, while {other}.{key} is {min(prefill, decode)}: KV moves "
-                "between workers that are split alike",
-                f"set both to the same, or set prefill.replicas to 0 and leave {key} to decode",
-            )
+    prefill, decode = config.block_sizes
+    small, large = sorted((prefill, decode))
+    if large % small:
+        name = "prefill" if config.prefill.block_size else "decode"
+        raise InvalidConfig(
+            f"{name}.block_size",
+            f"blocks of {prefill} tokens in the prefill pool and of {decode} in the decode pool: "
+            "the smaller do not divide the larger",
+            f"use {large // small * small} instead of {large}, or the same in both",
+        )
 
 
 def _check_devices(config: ClusterConfig) -> None:

@@ -82,6 +82,9 @@ class PrefillConfig:
     """CPU threads of a worker. 0: the machine's cores divided by its workers."""
     max_batch_tokens: Count = 2048
     """Prompt tokens in one step; longer prompts are computed in chunks of this size."""
+    block_size: Annotated[int, Between(0, 1024)] = 0
+    """Tokens in a block of these workers' KV cache; decode's is a multiple or a part of it.
+    0: `kv.block_size`."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -107,6 +110,9 @@ class DecodeConfig:
     while no prefill worker is ready."""
     local_prefill_tokens: CountOrZero = 32
     """Under auto, prompts of up to this many tokens skip the prefill pool."""
+    block_size: Annotated[int, Between(0, 1024)] = 0
+    """Tokens in a block of these workers' KV cache; prefill's is a multiple or a part of it.
+    0: `kv.block_size`."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -117,6 +123,10 @@ class KVConfig:
     """Tokens in a block."""
     memory: Size = 1 << 30
     """Bytes of blocks on each worker."""
+    dtype: Literal["auto", "fp8_e4m3"] = "auto"
+    """What keys and values are stored and sent in; auto is the model's. fp8_e4m3: one byte a
+    value, and one a position and head for the scale, so a half of bfloat16's memory and transfers
+    and a quarter of float32's. It rounds each value to 4 bits of precision."""
     prefix_cache: bool = True
     """Keep the KV of served prompts and answers in blocks that nobody needs, for later prompts
     that begin with the same tokens. Stays off for models whose rotary angles depend on the
@@ -168,6 +178,9 @@ class GatewayConfig:
     """Deadline of a request whose client sets none."""
     heartbeat_timeout_s: Seconds = 1.0
     """A worker silent for this long is lost."""
+    step_timeout_s: Seconds = 120.0
+    """A worker whose model step takes longer than this hangs: it is lost, killed and started anew.
+    Far above the longest step that is honest work."""
     drain_s: Annotated[float, Between(0.0)] = 30.0
     """How long a stop waits for the requests in flight."""
     max_restarts: CountOrZero = 3
@@ -213,3 +226,11 @@ class ClusterConfig:
     gateway: GatewayConfig = field(default_factory=GatewayConfig)
     ray: RayConfig = field(default_factory=RayConfig)
     paced: PacedConfig = field(default_factory=PacedConfig)
+
+    @property
+    def block_sizes(self) -> tuple[int, int]:
+        """Tokens in a block of prefill workers, and of decode workers."""
+        decode = self.decode.block_size or self.kv.block_size
+        if self.prefill.replicas == 0:
+            return decode, decode
+        return self.prefill.block_size or self.kv.block_size, decode

@@ -36,25 +36,29 @@ class Admission:
         self.prompts = DeadlineLine()
         self.room = Line()  # their KV waits in the prefill pool
         self.preempted = Line()
+        self.num_waiting = 0
         self.queued_tokens = 0  # to be computed here, of prompts and preempted
         self._new_ages = AgeLine()  # of prompts and room
         self._preempted_ages = AgeLine()
 
     def __len__(self) -> int:
-        return len(self.prompts) + len(self.room) + len(self.preempted)
+        return self.num_waiting
 
     def add_prompt(
         self, waiter: Waiter, *, deadline_s: float, predicted_s: float, now_s: float
     ) -> None:
+        self.num_waiting += 1
         self.queued_tokens += waiter.sequence.num_tokens
         self._new_ages.push(waiter, now_s)
         self.prompts.join(waiter, deadline_s=deadline_s, predicted_s=predicted_s, now_s=now_s)
 
     def add_room(self, waiter: Waiter, now_s: float) -> None:
+        self.num_waiting += 1
         self._new_ages.push(waiter, now_s)
         self.room.push(waiter, waiter.rank)
 
     def add_preempted(self, waiter: Waiter, now_s: float) -> None:
+        self.num_waiting += 1
         self.queued_tokens += waiter.sequence.num_tokens
         self._preempted_ages.push(waiter, now_s)
         self.preempted.push(waiter, waiter.rank)
@@ -62,6 +66,7 @@ class Admission:
     def remove(self, waiter: Waiter) -> None:
         """Take a sequence out of its line: it has its blocks, or is given up."""
         assert waiter.line is not None
+        self.num_waiting -= 1
         if waiter.line is not self.room:
             self.queued_tokens -= waiter.sequence.num_tokens
         waiter.line.remove(waiter)
@@ -69,6 +74,8 @@ class Admission:
 
     def may_lease(self, count: int, num_here: int, now_s: float) -> bool:
         """Whether a grant of `count` blocks may pass: not while KV waits elsewhere for room."""
+        if not self.num_waiting:
+            return self.has_room(count, num_here)
         if self.preempted or self.room or not self.has_room(count, num_here):
             return False
         return self._new_ages.overdue(now_s - self.max_wait_s) is None
@@ -144,6 +151,7 @@ class Admission:
             for waiter in line:
                 assert waiter.line is line and not waiter.sequence.blocks
         to_compute = [waiter.sequence for waiter in (*self.prompts, *self.preempted)]
+        assert self.num_waiting == len(self.preempted) + len(self.prompts) + len(self.room)
         assert all(sequence.num_computed == 0 for sequence in to_compute)
         assert sum(sequence.num_tokens for sequence in to_compute) == self.queued_tokens
 

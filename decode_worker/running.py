@@ -8,6 +8,7 @@ from ..engine.batch import Batch
 from ..engine.order import Line, Waiter
 from ..engine.prefix_cache import PrefixCache
 from ..engine.sequence import Sequence
+from .steady import SteadyRows
 
 Ending = tuple[Sequence, int]  # a sequence and the token that may end it
 
@@ -19,7 +20,8 @@ class Running:
         self.prefix = prefix
         self.allocator = prefix.allocator
         self.waiters = waiters  # the scheduler's, read only
-        self.decoding: list[Sequence] = []  # all tokens but the last computed
+        self.decoding: dict[Sequence, None] = {}  # all tokens but the last computed
+        self.steady = SteadyRows(self.allocator)  # the first of decoding, in a simulator
         self.prefilling: list[Sequence] = []  # chunk by chunk, in order of admission
         self.ready = Line()  # as decoding, but without a place in the batch
         self.context_tokens = 0  # computed tokens of decoding and prefilling
@@ -37,10 +39,9 @@ class Running:
 
     def place_ready(self, max_batch_size: int) -> None:
         """Give free places to those whose KV is here."""
-        while self.ready and self.num_rows < max_batch_size:
-            waiter = next(iter(self.ready))
+        while (waiter := self.ready.first) is not None and self.num_rows < max_batch_size:
             self.ready.remove(waiter)
-            self.decoding.append(waiter.sequence)
+            self.decoding[waiter.sequence] = None
             self.context_tokens += waiter.sequence.num_computed
 
     def grow(self) -> tuple[list[Sequence], list[Waiter]]:
@@ -68,7 +69,7 @@ class Running:
                     break
         if stalled:
             return [row for row in self.decoding if row not in stalled], preempted
-        return self.decoding.copy(), preempted
+        return list(self.decoding), preempted
 
     def enter(self, sequence: Sequence) -> None:
         """A sequence has its blocks and is computed here, from behind what it found cached."""
@@ -104,14 +105,32 @@ class Running:
                 self.prefix.computed(sequence, batch.starts[row])
             if sequence.num_computed == sequence.num_tokens:
                 self.prefilling.remove(sequence)
-                self.decoding.append(sequence)
+                self.decoding[sequence] = None
                 rows.append(row)
         return rows
+
+    def steady_steps(self) -> int:
+        """Steps of `steady` with all who decode; 0 where somebody cannot take part."""
+        decoding, steady = self.decoding, self.steady
+        if len(steady) < len(decoding):
+            for row in list(decoding)[len(steady) :]:
+                if not steady.join(row):
+                    return 0
+        return steady.num_steps() if decoding else 0
+
+    def advance_steadily(self, num_steps: int) -> None:
+        self.steady.take(num_steps)
+        self.context_tokens += num_steps * len(self.decoding)
 
     def leave(self, sequence: Sequence, num_complete: int | None = None) -> None:
         """Take a sequence's place and blocks; its first `num_complete` positions, or all that are
         computed, stay in the prefix cache as long as there is room."""
-        (self.decoding if sequence in self.decoding else self.prefilling).remove(sequence)
+        if sequence in self.steady:
+            self.steady.leave(sequence)
+        if sequence in self.decoding:
+            del self.decoding[sequence]
+        else:
+            self.prefilling.remove(sequence)
         self.context_tokens -= sequence.num_computed
         self.prefix.drop(sequence, num_complete)
 

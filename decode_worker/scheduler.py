@@ -16,7 +16,6 @@ Policy, per step:
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 from ..engine.batch import Batch, Progress, StepOutput
 from ..engine.blocks import BlockAllocator
@@ -29,23 +28,10 @@ from ..engine.step_time_online import OnlineStepTime
 from .admission import Admission
 from .chunking import step_budget
 from .grants import Grants
+from .limits import DecodeLimits
 from .running import Ending, Running
-from .steady import advance_steadily, num_steady_steps
 
 _INFINITE = float("inf")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class DecodeLimits:
-    """What bounds a step, and what a request gets that names no target of its own."""
-
-    max_batch_size: int  # sequences with a row
-    max_batch_tokens: int  # of a step, rows and chunks; more than max_batch_size
-    max_model_len: int
-    eos_token_ids: frozenset[int] = frozenset()
-    ttft_ms: float = 0.0  # the cluster's own targets; 0: none
-    tpot_ms: float = 0.0
-    max_wait_s: float = 10.0  # the age bound of admission
 
 
 class DecodeScheduler:
@@ -210,6 +196,7 @@ class DecodeScheduler:
         """The next step's rows; None when nothing can run before another call brings work."""
         assert self._in_flight is None, "advance() the step in flight first"
         self._now_s = now_s
+        self.settle()
         self._running.place_ready(self._limits.max_batch_size)
         sequences, preempted = self._running.grow()
         for waiter in preempted:
@@ -255,35 +242,45 @@ class DecodeScheduler:
     # Many steps at once, for a simulator.
 
     def steady_steps(self) -> int:
-        """How many steps from now on have exactly the rows of the one before and end nothing.
-
-        Asked between steps, and right before one: those whose KV is here take their places. In
-        these steps every running sequence gets a token, and no sequence can finish by length,
-        come in, be preempted, or be computed in chunks. 0 where that is not certain. Holds for
-        sequences without tokens, which only their length can end.
+        """How many steps from now on have exactly the rows of the next one: up to and with the
+        first that gives some row its last token. Asked between steps; those whose KV is here take
+        their places. Nobody comes in, is preempted, or is computed in chunks in these steps; 0
+        where that is not certain. For sequences without tokens, which only their length ends.
         """
         running = self._running
         if self._in_flight is not None or running.prefilling:
             return 0
         running.place_ready(self._limits.max_batch_size)
-        if not running.decoding:
-            return 0
-        if len(self._admission):
+        if self._admission.num_waiting:
             free_place = running.num_rows < self._limits.max_batch_size
             least = self._admission.least_room(most=64, free_place=free_place)
             if self._admission.has_room(least, running.num_here):
                 return 0
-        return num_steady_steps(running.decoding, self._allocator)
+        return running.steady_steps()
+
+    def steady_load(self) -> tuple[int, int, bool]:
+        """Rows, their context in tokens, and whether anybody waits beside them."""
+        rows = self._running.num_rows
+        return rows, self._running.context_tokens, len(self._waiters) > rows
 
     def advance_steady(self, num_steps: int, now_s: float) -> None:
-        """Apply that many of the `steady_steps` in one go; `now_s` is the last one's end.
-
-        The effect is that of as many `next_batch` and `advance`, but for which block ids grow
-        where. Only for sequences without tokens.
-        """
+        """Apply that many of the `steady_steps` in one go; `now_s` is the last one's end. The
+        effect is that of as many `next_batch` and `advance`, but for which block ids grow where.
+        Sequences that have their last token now are here until `end_steady`."""
         self._now_s = now_s
-        advance_steadily(self._running.decoding, num_steps, self._allocator)
-        self._running.context_tokens += num_steps * len(self._running.decoding)
+        self._running.advance_steadily(num_steps)
+
+    def end_steady(self) -> list[Sequence]:
+        """Let those go that have their last token; to be asked after `advance_steady`."""
+        ended = self._running.steady.ended()
+        for sequence in ended:
+            self._running.leave(sequence)
+            del self._waiters[sequence.id]
+        return ended
+
+    def settle(self) -> None:
+        """Tell the sequences of the steps that were applied to all at once."""
+        self._running.steady.settle()
 
     def load(self) -> SchedulerLoad:
         running = self._running
@@ -301,6 +298,7 @@ class DecodeScheduler:
 
     def check(self) -> None:
         """Assert every law of this scheduler and its allocator. Costs O(blocks + sequences)."""
+        self.settle()
         self._allocator.check()
         self._admission.check()
         ready = [waiter.sequence for waiter in self._running.ready]

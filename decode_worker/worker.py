@@ -16,6 +16,7 @@ from ..engine.load import SchedulerLoad
 from ..engine.report import Failed, FailureCode, Finished, Report
 from ..engine.request import FinishReason, Request, TransferAddress
 from ..engine.sequence import Sequence
+from ..engine.step_clock import StepClock
 from ..kv_transfer.events import Asked, Ended
 from ..kv_transfer.ranked import Endpoint
 from .incoming import Arrivals, Inbox
@@ -58,6 +59,7 @@ class DecodeWorker:
         self._live: dict[str, Timings] = {}  # by sequence id
         self._news = Report()  # what happened between steps
         self._wake = asyncio.Event()
+        self.steps = StepClock()
 
     def submit(self, request: Request) -> None:
         """Compute the prompt here, then decode."""
@@ -118,6 +120,7 @@ class DecodeWorker:
         """Step for ever; yields each step's news. Cancel it to stop."""
         while True:
             self._wake.clear()
+            self.steps.begin()
             self.inbox.fetch()
             batch = self.scheduler.next_batch(self.clock())
             if batch is not None:
@@ -127,6 +130,8 @@ class DecodeWorker:
                 yield report
             elif batch is None:
                 await self._wake.wait()
+            if batch is not None:
+                self.steps.end(batch)  # whoever reads the reports has sent this one
 
     async def follow_transfers(self) -> None:
         """Answer asks and take what arrives. Runs beside `run`, for ever."""
@@ -141,10 +146,12 @@ class DecodeWorker:
 
     async def _step(self, batch: Batch) -> None:
         try:
+            self.steps.scheduled()
             output, seconds = await self.compute.run(batch)
         except StepFailed as error:
             self._give_up(batch, str(error))
             return
+        self.steps.ran(output.times)
         self.scheduler.observe(batch, seconds)
         self._publish(self.scheduler.advance(batch, output, self.clock()), output)
 

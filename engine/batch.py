@@ -36,11 +36,22 @@ class Batch:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class StepTimes:
+    """Moments of a step in the compute thread, on `time.perf_counter`."""
+
+    begun_s: float
+    prepared_s: float  # the batch is there as columns
+    computed_s: float  # the logits are
+    ended_s: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class StepOutput:
     """What the runner returned: one entry a row, -1 where the row does not sample."""
 
     token_ids: list[int]
     logprobs: list[TokenLogprobs | None] | None = None  # None: no row asked
+    times: StepTimes | None = None  # None: the runner does not tell
 
 
 @dataclass(kw_only=True, slots=True)

@@ -64,16 +64,18 @@ class BlockAllocator:
         self._references = [0] * num_blocks
         self._free = FreeRuns(num_blocks)
         self._num_leased = 0
+        self._num_promised = 0  # of the free runs, but active
         self.prefixes = PrefixIndex(num_blocks) if prefix_cache else None
 
     @property
     def num_free(self) -> int:
-        return self._free.count
+        return self._free.count - self._num_promised
 
     @property
     def num_available(self) -> int:
         """Blocks that can be taken: free and cached ones."""
-        return self._free.count + (self.prefixes.num_idle if self.prefixes is not None else 0)
+        free = self._free.count - self._num_promised
+        return free if self.prefixes is None else free + self.prefixes.num_idle
 
     def blocks_for(self, num_tokens: int) -> int:
         """Blocks that hold `num_tokens` positions."""
@@ -91,6 +93,26 @@ class BlockAllocator:
         self._references[block] = 1
         blocks.append(block)
         return True
+
+    def promise(self, count: int) -> bool:
+        """`count` blocks become active without names: someone is as good as `extend`ed by them.
+        False, and nothing taken, without room."""
+        if not self._make_free(count):
+            return False
+        self._num_promised += count
+        return True
+
+    def redeem(self, blocks: list[int], count: int) -> None:
+        """Append that many of the promised blocks."""
+        self.unpromise(count)
+        for _ in range(count):
+            extended = self.extend(blocks)
+            assert extended, "a promised block is there"
+
+    def unpromise(self, count: int) -> None:
+        """That many promised blocks become free."""
+        assert count <= self._num_promised, (count, self._num_promised)
+        self._num_promised -= count
 
     def share(self, blocks: list[int]) -> None:
         """One more reference to each of these active or cached blocks."""
@@ -181,7 +203,7 @@ class BlockAllocator:
             self._free.put(first, length)
 
     def counts(self) -> BlockCounts:
-        free, leased = self._free.count, self._num_leased
+        free, leased = self.num_free, self._num_leased
         cached = self.num_available - free
         return BlockCounts(
             total=self.num_blocks,
@@ -202,21 +224,23 @@ class BlockAllocator:
         assert total == counts.total, counts
         assert min(counts.free, counts.active, counts.leased) >= 0, counts
         assert self._references.count(_LEASED) == counts.leased, counts
-        assert self._references.count(0) == counts.free + counts.cached, counts
+        unnamed = counts.free + self._num_promised
+        assert self._references.count(0) == unnamed + counts.cached, counts
         assert min(self._references, default=0) >= _LEASED
         previous_end = -1
         for first, length in self._free.runs():
             assert first > previous_end, "free runs touch or overlap"
             previous_end = first + length
             assert self._references[first:previous_end] == [0] * length, (first, length)
-        assert sum(length for _, length in self._free.runs()) == counts.free, counts
+        assert sum(length for _, length in self._free.runs()) == unnamed, counts
         if self.prefixes is not None:
             self.prefixes.check(self._references)
 
     def check_held(self, holders: Iterable[Sequence[int]]) -> None:
         """Assert that the references are those of the holders' blocks, O(num_blocks)."""
         held = Counter(block for blocks in holders for block in blocks)
-        assert len(held) == self.counts().active, "somebody unknown holds blocks"
+        named = self.counts().active - self._num_promised
+        assert len(held) == named, "somebody unknown holds blocks"
         assert all(self._references[block] == count for block, count in held.items())
 
     def _take(self, count: int, references: int) -> list[int] | None:
@@ -230,11 +254,12 @@ class BlockAllocator:
 
     def _make_free(self, count: int) -> bool:
         """Give up cached blocks until `count` are free; False, and none given up, without room."""
-        if count <= self._free.count:
+        needed = count + self._num_promised
+        if needed <= self._free.count:
             return True
         if self.prefixes is None or count > self.num_available:
             return False
-        while self._free.count < count:
+        while self._free.count < needed:
             self._free.put(self.prefixes.evict(), 1)
         return True
 

@@ -8,12 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .layout import KVLayout
+from .layout import FP8, KVLayout
 
 TORCH_DTYPES = {
     "float32": torch.float32,
     "float16": torch.float16,
     "bfloat16": torch.bfloat16,
+    FP8: torch.float8_e4m3fn,
 }
 
 # Takes bytes, returns a writable buffer or uint8 tensor of at least so many.
@@ -23,7 +24,8 @@ AllocateBuffer = Callable[[int], Any]
 class KVCache:
     """KV of all layers, `layers[i]: [blocks, 2, kv_heads, block_size, head_dim]`.
 
-    Views the buffer, copies nothing; the buffer must outlive it.
+    Views the buffer, copies nothing; the buffer must outlive it. In FP8 a layer is a view with the
+    scales between its tiles: `kernels.fp8.scales_of(layer)` finds them.
     """
 
     def __init__(self, layout: KVLayout, buffer: Any) -> None:
@@ -31,7 +33,10 @@ class KVCache:
         flat = flat.view(-1).view(torch.uint8)
         assert flat.numel() >= layout.num_bytes, "the buffer is smaller than the pool"
         self.layout = layout
-        self.pool = flat[: layout.num_bytes].view(TORCH_DTYPES[layout.dtype]).view(layout.shape)
+        values = flat[: layout.num_bytes].view(TORCH_DTYPES[layout.dtype])
+        # Written out: torch may give a dimension of one head a stride without the scales.
+        tiles = values.view(*layout.shape[:4], -1).stride()[:4]
+        self.pool = values.as_strided(layout.shape, (*tiles, layout.head_dim, 1))
         self.layers = list(self.pool)
 
 

@@ -75,24 +75,29 @@ class Checkpoint:
         `rows` keeps a range of each tensor's rows, `columns` a range of all their columns; what is
         not kept is not read.
         """
-        parts = [
-            self._part(name, None if rows is None else rows[place], columns)
-            for place, name in enumerate(names)
-        ]
-        height = sum(part.shape[0] for part in parts)
-        result = torch.empty((height, *parts[0].shape[1:]), dtype=self._dtype, device=self._device)
+        kept = [None if rows is None else rows[place] for place in range(len(names))]
+        shapes = [self._shape(name, part, columns) for name, part in zip(names, kept, strict=True)]
+        height = sum(shape[0] for shape in shapes)
+        result = torch.empty((height, *shapes[0][1:]), dtype=self._dtype, device=self._device)
         at = 0
-        for part in parts:
-            result[at : at + part.shape[0]].copy_(part)
-            at += part.shape[0]
+        for name, part, shape in zip(names, kept, shapes, strict=True):
+            result[at : at + shape[0]].copy_(self._part(name, part, columns))  # one at a time
+            at += shape[0]
         return result
+
+    def _shape(self, name: str, rows: range | None, columns: range | None) -> Shape:
+        """Of what is kept of a tensor."""
+        height, *width = self._open[self._files[name]].get_slice(name).get_shape()
+        width = width if columns is None or not width else [len(columns)]
+        return (height if rows is None else len(rows), *width)
 
     def _part(self, name: str, rows: range | None, columns: range | None) -> Tensor:
         file = self._open[self._files[name]]
         stored = file.get_slice(name)
         shape = stored.get_shape()
         height, width = range(shape[0]), range(shape[-1])
-        rows, columns = rows if rows is not None else height, columns or width
+        rows = rows if rows is not None else height
+        columns = columns if columns is not None else width
         if rows == height and columns == width:
             return file.get_tensor(name)  # maps the file, copies nothing
         if len(shape) == 1:

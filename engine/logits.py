@@ -21,14 +21,6 @@ from torch import Tensor
 _RUN = 256  # neighbouring keys that a draw adds up before it looks at single ones
 
 
-def upload(column: np.ndarray, device: torch.device) -> Tensor:
-    """A host column on `device`, without waiting for what the device is doing."""
-    tensor = torch.from_numpy(column)
-    if device.type == "cuda":
-        return tensor.pin_memory().to(device, non_blocking=True)
-    return tensor
-
-
 def add_bias(logits: Tensor, rows: Tensor, ids: Tensor, bias: Tensor) -> None:
     """Add `bias` [n] float32 to the cells (rows, ids) [n] int64. Cells must differ."""
     logits[rows, ids] += bias

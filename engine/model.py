@@ -8,26 +8,32 @@ state between them.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..kernels.operators import Operators, Plan
+from ..kernels.experts import route
+from ..kernels.linear import linear
 from ..kernels.rows import Rows
 from .cache import KVCache
 from .rope import RopeTable
 from .shard_plan import Shard
 from .spec import ModelSpec
+from .upload import upload
 from .weights import LayerWeights, Linear, ModelWeights, Norm
+
+if TYPE_CHECKING:
+    from ..kernels.operators import Operators, Plan
 
 LayerDone = Callable[[int], None]
 Reduce = Callable[[Tensor], None]  # sums a tensor over the stage's ranks, in place
 
 
-def _linear(x: Tensor, linear: Linear) -> Tensor:
-    return F.linear(x, linear.weight, linear.bias)
+def _linear(x: Tensor, side: Linear) -> Tensor:
+    return linear(x, side.weight, side.bias)
 
 
 class Model:
@@ -75,22 +81,56 @@ class Model:
         Returns float32 logits [len(last), the shard's vocab], or before the last stage the hidden
         state [tokens, hidden].
         """
-        positions = torch.from_numpy(rows.positions).to(self._device)
+        positions = upload(rows.positions, self._device)
         cos_sin, angles = None, positions
         if self._rope is not None:
             cos_sin, angles = self._rope.angles(rows.positions, prompt_lengths[rows.row_of])
         plan = self._operators.plan(rows, angles, self._device)
         hidden = received
         if hidden is None:
-            hidden = self._embed(torch.from_numpy(token_ids).to(self._device), positions)
-        wanted = torch.from_numpy(last).to(self._device)
-        decode = self._opt_layers if self.spec.is_opt else self._rotary_layers
-        hidden = decode(hidden, plan, cos_sin, wanted, cache, layer_done)
-        if self._weights.head is None:
-            return hidden
+            hidden = self._embed(upload(token_ids, self._device), positions)
+        wanted = upload(last, self._device)
+        hidden = self._layers(hidden, plan, cos_sin, wanted, cache, layer_done)
+        return hidden if self._weights.head is None else self._head(hidden).float()
+
+    def step(
+        self,
+        token_ids: Tensor,  # int64 [rows]
+        positions: Tensor,  # int64 [rows]
+        plan: Plan,
+        cache: KVCache,
+    ) -> Tensor:
+        """A token of every row, from what is on the device alone: a CUDA graph may hold it.
+
+        Returns logits [rows, vocab] in the model's dtype. The model `is_graphable`.
+        """
+        cos_sin = None if self._rope is None else self._rope.whole
+        hidden = self._embed(token_ids, positions)
+        return self._head(self._layers(hidden, plan, cos_sin, None, cache, None))
+
+    @property
+    def is_graphable(self) -> bool:
+        """Whether `step` may be used: a whole model whose angles depend on positions alone."""
+        whole = self.shard.tensor_parallel == self.shard.pipeline_parallel == 1
+        return whole and (self._rope is None or self._rope.whole is not None)
+
+    def _layers(
+        self,
+        hidden: Tensor,
+        plan: Plan,
+        cos_sin: Tensor | None,
+        wanted: Tensor | None,  # None: all tokens go on to the head
+        cache: KVCache,
+        layer_done: LayerDone | None,
+    ) -> Tensor:
+        layers = self._opt_layers if self.spec.is_opt else self._rotary_layers
+        return layers(hidden, plan, cos_sin, wanted, cache, layer_done)
+
+    def _head(self, hidden: Tensor) -> Tensor:
+        assert self._weights.head is not None
         if self._weights.project_out is not None:
             hidden = _linear(hidden, self._weights.project_out)
-        return F.linear(hidden, self._weights.head).float()
+        return linear(hidden, self._weights.head, None)
 
     def _embed(self, token_ids: Tensor, positions: Tensor) -> Tensor:
         weights = self._weights
@@ -112,9 +152,9 @@ class Model:
         other = (own < 0) | (own >= len(self.shard.vocab))
         return F.embedding(own.masked_fill(other, 0), embedding).masked_fill_(other[:, None], 0)
 
-    def _sum_of(self, x: Tensor, linear: Linear) -> Tensor:
-        """`linear` of what every rank of the stage has a part of."""
-        out = _linear(x, linear)
+    def _sum_of(self, x: Tensor, side: Linear) -> Tensor:
+        """`side` of what every rank of the stage has a part of."""
+        out = _linear(x, side)
         if self._reduce is not None:
             self._reduce(out)
         return out
@@ -147,25 +187,41 @@ class Model:
         residual: Tensor,
         plan: Plan,
         cos_sin: Tensor | None,
-        wanted: Tensor,
+        wanted: Tensor | None,
         cache: KVCache,
         layer_done: LayerDone | None,
     ) -> Tensor:
-        """Llama, Mistral, Qwen: RMSNorm first, SiLU-gated MLP."""
-        ops = self._operators
+        """Llama, Mistral, Mixtral, Qwen: RMSNorm first, SiLU-gated MLP or a mixture of such."""
         delta = None
         for index, layer in enumerate(self._weights.layers):
             x = self._rms(residual, layer.attention_norm, delta)
             qkv = _linear(x, layer.qkv)
             attended = self._attend(qkv, index, plan, cos_sin, cache, layer_done, self._scale)
-            if self._is_last(index):  # only these go on to the head
+            if wanted is not None and self._is_last(index):  # only these go on to the head
                 attended, residual = attended[wanted], residual[wanted]
             x = self._rms(residual, layer.mlp_norm, self._sum_of(attended, layer.out))
-            delta = self._sum_of(ops.silu_mul(_linear(x, layer.up)), layer.down)
+            delta = self._mlp(x, layer)
         if self._weights.final_norm is None:
             assert delta is not None, "a stage has a layer"
             return residual.add_(delta)
         return self._rms(residual, self._weights.final_norm, delta)
+
+    def _mlp(self, x: Tensor, layer: LayerWeights) -> Tensor:
+        ops = self._operators
+        if layer.router is None:
+            return self._sum_of(ops.silu_mul(_linear(x, layer.up)), layer.down)
+        mixture = self.spec.mixture
+        assert mixture is not None, "a layer with a router has experts"
+        # Every tensor rank chooses for itself, and alike: a sum over ranks is the same bits on all.
+        routing = route(
+            F.linear(x, layer.router),
+            mixture.experts_per_token,
+            renormalised=mixture.renormalised,
+        )
+        out = ops.experts(x, layer.up.weight, layer.down.weight, routing)
+        if self._reduce is not None:
+            self._reduce(out)
+        return out
 
     def _rms(self, residual: Tensor, norm: Norm, delta: Tensor | None) -> Tensor:
         """Norm of the residual, after `delta` was added to it in place."""
@@ -182,7 +238,7 @@ class Model:
         hidden: Tensor,
         plan: Plan,
         cos_sin: Tensor | None,
-        wanted: Tensor,
+        wanted: Tensor | None,
         cache: KVCache,
         layer_done: LayerDone | None,
     ) -> Tensor:
@@ -193,7 +249,7 @@ class Model:
             qkv = _linear(x, layer.qkv)
             qkv[:, : len(self.shard.heads) * self.spec.head_dim] *= self._scale  # q, as OPT does
             attended = self._attend(qkv, index, plan, cos_sin, cache, layer_done, 1.0)
-            if self._is_last(index):
+            if wanted is not None and self._is_last(index):
                 attended, hidden = attended[wanted], hidden[wanted]
             hidden = hidden + self._sum_of(attended, layer.out)
             hidden = hidden if first else self._layer_norm(hidden, layer.attention_norm)

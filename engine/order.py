@@ -52,6 +52,11 @@ class Line:
         for index in range(self._head, len(self._items)):
             yield self._items[index][1]
 
+    @property
+    def first(self) -> Waiter | None:
+        items, head = self._items, self._head
+        return items[head][1] if head < len(items) else None
+
     def push(self, waiter: Waiter, key: Key) -> None:
         waiter.key = key
         waiter.line = self

@@ -17,13 +17,10 @@ class PrefixCache:
 
     def __init__(self, allocator: BlockAllocator) -> None:
         self.allocator = allocator
+        self.is_on = allocator.prefixes is not None
         self.hit_tokens = 0  # that admitted sequences did not compute, since the start
         self.asked_tokens = 0  # of admitted sequences
         self._underway: dict[int, str] = {}  # names of blocks being computed, and for whom
-
-    @property
-    def is_on(self) -> bool:
-        return self.allocator.prefixes is not None
 
     def hashes(self, sequence: Sequence) -> list[int]:
         """Names of all full blocks of the known tokens."""
@@ -108,6 +105,10 @@ class PrefixCache:
     def drop(self, sequence: Sequence, num_complete: int | None = None) -> None:
         """Take a sequence's blocks. Full ones among the first `num_complete` positions (None: all
         that are computed) can be found until their place is needed."""
+        if not self.is_on:
+            self.allocator.release(sequence.blocks)
+            sequence.blocks = []
+            return
         hashes = self.hashes(sequence)
         if num_complete is None:
             num_complete = sequence.num_computed

@@ -17,8 +17,9 @@ from ..kernels.rows import rows_of
 from .cache import TORCH_DTYPES, AllocateBuffer, KVCache, plain_buffer
 from .columns import Columns
 from .errors import InvalidConfig
-from .layout import ITEM_BYTES, KVLayout
+from .layout import FP8, ITEM_BYTES
 from .model import Model
+from .packed_weights import pack_weights
 from .shard import RankLinks
 from .shard_plan import Shard, plan_shards
 from .spec import ModelSpec, fingerprint, load_spec
@@ -36,6 +37,7 @@ class RankOptions:
 
     directory: str
     dtype: str
+    kv_dtype: str  # what blocks hold
     device: str
     threads: int  # of each rank
     block_size: int
@@ -62,13 +64,14 @@ class Rank:
         links: RankLinks | None,  # None: the only rank
         vocab: list[range],
         threads: int,
+        dtype: torch.dtype,
     ) -> None:
         self.model = model
         self.cache = cache
         self.links = links
         self._vocab = vocab
         self._threads = threads
-        self._dtype = cache.pool.dtype
+        self._dtype = dtype
 
     @property
     def shard(self) -> Shard:
@@ -137,6 +140,7 @@ def plan_options(
     directory: str | Path,
     *,
     dtype: str = "auto",
+    kv_dtype: str = "auto",
     device: str = "cpu",
     threads: int | None = None,
     block_size: int = 16,
@@ -160,6 +164,7 @@ def plan_options(
             f"give {spec.max_context} or less",
         )
     kind = resolve_dtype(spec, dtype)
+    kv_kind = resolve_kv_dtype(kind, kv_dtype)
     threads = threads or len(os.sched_getaffinity(0))
     if threads > 1 and not HAS_OPENMP:
         raise InvalidConfig(
@@ -173,11 +178,12 @@ def plan_options(
     )
     if num_blocks is None:
         memory = 1 << 30 if memory_bytes is None else memory_bytes
-        token_bytes = sum(shard.kv_bytes_per_token(spec, kind) for shard in shards)
-        num_blocks = _num_blocks(token_bytes * block_size, block_size, max_model_len, memory)
+        block_bytes = sum(shard.kv_block_bytes(spec, kv_kind, block_size) for shard in shards)
+        num_blocks = _num_blocks(block_bytes, block_size, max_model_len, memory)
     options = RankOptions(
         directory=str(directory),
         dtype=kind,
+        kv_dtype=kv_kind,
         device=device,
         threads=threads,
         block_size=block_size,
@@ -213,6 +219,13 @@ def resolve_dtype(spec: ModelSpec, dtype: str) -> str:
     return chosen
 
 
+def resolve_kv_dtype(dtype: str, kv_dtype: str) -> str:
+    """`auto` is the model's, resolved."""
+    if kv_dtype not in ("auto", FP8):
+        raise InvalidConfig("kv.dtype", f"{kv_dtype!r} is unknown", f"give auto or {FP8}")
+    return dtype if kv_dtype == "auto" else kv_dtype
+
+
 def build_rank(
     options: RankOptions,
     shard: Shard,
@@ -226,27 +239,26 @@ def build_rank(
     (private by default). Raises InvalidConfig and UnsupportedModel.
     """
     spec, place = load_spec(options.directory), torch.device(options.device)
-    layout = KVLayout(
-        num_layers=len(shard.layers),
-        num_blocks=options.num_blocks,
-        num_kv_heads=len(shard.kv_heads),
+    layout = shard.kv_layout(
+        spec,
+        options.kv_dtype,
         block_size=options.block_size,
-        head_dim=spec.head_dim,
-        dtype=options.dtype,
+        num_blocks=options.num_blocks,
         fingerprint=fingerprint(options.directory),
     )
+    dtype = TORCH_DTYPES[options.dtype]
     if place.type == "cuda" and allocate is None:
         buffer = torch.empty(layout.num_bytes, dtype=torch.uint8, device=place)
     else:
         buffer = (allocate or plain_buffer)(layout.num_bytes)
     ops = operators(
         device=place,
-        dtype=TORCH_DTYPES[options.dtype],
+        dtype=dtype,
         head_dim=spec.head_dim,
         block_size=options.block_size,
         threads=options.threads,
     )
     reduce = links.reduce if links is not None and shard.tensor_parallel > 1 else None
-    weights = load_weights(options.directory, spec, options.dtype, place, shard)
+    weights = pack_weights(load_weights(options.directory, spec, options.dtype, place, shard))
     model = Model(spec, shard, weights, ops, options.max_model_len, place, reduce)
-    return Rank(model, KVCache(layout, buffer), links, vocab, options.threads)
+    return Rank(model, KVCache(layout, buffer), links, vocab, options.threads, dtype)

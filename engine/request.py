@@ -113,6 +113,7 @@ class TransferAddress:
     shm: str  # abstract unix socket name, "" where shared memory is off
     tcp: str  # "host:port"
     ranks: tuple[TransferAddress, ...] = ()  # of the worker's ranks above 0, each its own endpoint
+    holds: tuple[int, ...] = ()  # layers from, up to, KV heads from, up to: what this rank holds
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -15,7 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .spec import RopeSpec
+from .rope_spec import RopeSpec
+from .upload import upload
 
 
 def _base_frequencies(theta: float | Tensor, dim: int) -> Tensor:
@@ -101,9 +102,15 @@ class RopeTable:
         table = _cos_sin(positions * frequencies(rope, dim), attention_scaling(rope))
         self._table = table.to(device)
 
+    @property
+    def whole(self) -> Tensor | None:
+        """The table, where every position's row of it is its own; None where lengths matter."""
+        grows = self._rope.type == "dynamic" and len(self._table) > self._max_positions
+        return None if grows else self._table
+
     def angles(self, positions: np.ndarray, prompt_lengths: np.ndarray) -> tuple[Tensor, Tensor]:
         """(cos_sin float32 [rows, dim], each token's row in it int64 [tokens])."""
-        index = torch.from_numpy(positions).to(self._table.device)
+        index = upload(positions, self._table.device)
         if self._rope.type != "dynamic":
             return self._table, index
         lengths = np.where(positions < prompt_lengths, prompt_lengths, positions + 1)

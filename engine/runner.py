@@ -5,16 +5,18 @@ A runner is a worker's leader: it computes rank 0's shard, tells the followers e
 
 from __future__ import annotations
 
+import logging
+import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
 
-from .batch import Batch, StepOutput
+from .batch import Batch, StepOutput, StepTimes
 from .cache import AllocateBuffer, KVCache
-from .columns import columns_of
+from .columns import Columns, columns_of
 from .layout import KVLayout
 from .rank import Rank, RankOptions, build_rank, plan_options
 from .ranks import Followers, RankHost
@@ -25,6 +27,10 @@ from .shard import LEADER, RankLinks, serve_store
 from .shard_plan import Shard
 from .spec import ModelSpec
 
+if TYPE_CHECKING:
+    from .decode_graph import DecodeGraphs
+
+log = logging.getLogger(__name__)
 JOIN_S = 120.0  # for followers to start, meet and load
 
 
@@ -53,6 +59,7 @@ class Runner:
         self._sampler = sampler
         self._followers = followers
         self._watched = 0  # steps whose layers someone watches, numbered for the followers
+        self._graphs: DecodeGraphs | None = None
 
     @property
     def spec(self) -> ModelSpec:
@@ -74,31 +81,49 @@ class Runner:
         `layer_done(layer)` is called when a layer's KV of this batch is in rank 0's pool. Raises
         RankLost when a follower is: this runner and its followers are done for then.
         """
+        if self._graphs is not None and layer_done is None and self._graphs.takes(batch):
+            return self._graphs.run(batch)
+        begun_s = time.perf_counter()
         sampling = [row for row in range(batch.num_rows) if batch.samples(row)]
-        logits = self._logits(batch, sampling, layer_done)
+        columns = columns_of(batch, sampling, self.layout.block_size)
+        prepared_s = time.perf_counter()
+        logits = self._logits(columns, layer_done)
+        computed_s = time.perf_counter()
+        tokens, logprobs = self._sample(batch, sampling, logits)
+        times = StepTimes(
+            begun_s=begun_s,
+            prepared_s=prepared_s,
+            computed_s=computed_s,
+            ended_s=time.perf_counter(),
+        )
+        return StepOutput(token_ids=tokens, logprobs=logprobs, times=times)
+
+    def _logits(
+        self, columns: Columns, layer_done: Callable[[int], None] | None
+    ) -> Tensor | None:  # float32 [wanted, vocab]
+        """Forward pass over the columns, on every rank."""
+        if self._followers is not None:
+            self._followers.send(-1 if layer_done is None else self._watched, columns)
+        self._watched += layer_done is not None
+        return self.rank.compute(columns, layer_done)
+
+    def _sample(
+        self, batch: Batch, sampling: list[int], logits: Tensor | None
+    ) -> tuple[list[int], list[TokenLogprobs | None] | None]:
+        """A token a row, -1 where it does not sample, and what was asked for beside them."""
         tokens = [-1] * batch.num_rows
         if not sampling:
-            return StepOutput(token_ids=tokens)
+            return tokens, None
         assert logits is not None, "logits that are wanted come to the leader"
         chosen, logprobs = self._sampler.sample(logits, [batch.sequences[row] for row in sampling])
         for row, token in zip(sampling, chosen, strict=True):
             tokens[row] = token
         if logprobs is None:
-            return StepOutput(token_ids=tokens)
+            return tokens, None
         by_row: list[TokenLogprobs | None] = [None] * batch.num_rows
         for row, entry in zip(sampling, logprobs, strict=True):
             by_row[row] = entry
-        return StepOutput(token_ids=tokens, logprobs=by_row)
-
-    def _logits(
-        self, batch: Batch, sampling: list[int], layer_done: Callable[[int], None] | None
-    ) -> Tensor | None:  # float32 [len(sampling), vocab]
-        """Forward pass over the batch as columns, on every rank."""
-        columns = columns_of(batch, sampling, self.layout.block_size)
-        if self._followers is not None:
-            self._followers.send(-1 if layer_done is None else self._watched, columns)
-        self._watched += layer_done is not None
-        return self.rank.compute(columns, layer_done)
+        return tokens, by_row
 
     def check_ranks(self) -> None:
         """Raises RankLost when a follower has died or is silent. From any thread."""
@@ -112,10 +137,11 @@ class Runner:
         if self.rank.links is not None:
             self.rank.links.abort()
 
-    def warm_up(self) -> None:
+    def warm_up(self, max_decode_rows: int = 0) -> None:
         """Compile what is not compiled and touch the pool's first blocks, before any request.
 
-        Runs a chunk and a single token through blocks that nobody holds yet.
+        Runs a chunk and a single token through blocks that nobody holds yet. On a GPU, steps of up
+        to `max_decode_rows` decoding rows are captured as CUDA graphs.
         """
         length = min(self.max_model_len, 40, self.layout.num_blocks * self.layout.block_size)
         sampling = SamplingParams(max_tokens=1, temperature=0.0)
@@ -127,6 +153,36 @@ class Runner:
         for start in (0, length - 1):
             batch = Batch(sequences=[sequence], starts=[start], counts=[length - start])
             self.run(batch)
+        if max_decode_rows and self.cache.pool.device.type == "cuda":
+            graphs = self.keep_decode_on_device(max_decode_rows)
+            if graphs is None:
+                log.warning("decode steps are launched kernel by kernel: no CUDA graph holds them")
+            else:
+                graphs.capture(lambda done, of: log.info("decode graph %d of %d", done, of))
+
+    def keep_decode_on_device(self, max_rows: int) -> DecodeGraphs | None:
+        """Run steps of up to `max_rows` decoding rows from state that stays on the device; to be
+        captured by the caller. None, and nothing changed, where the model cannot: several ranks,
+        or rotary angles that depend on the prompt's length.
+        """
+        if not self.rank.model.is_graphable:
+            return None
+        from .decode_graph import DecodeGraphs  # Triton, where there is a GPU
+
+        sampler = self._sampler
+        self._graphs = DecodeGraphs(
+            self.rank.model,
+            self.cache,
+            max_rows=max_rows,
+            max_model_len=self.max_model_len,
+            draw_of=sampler.draw_of if isinstance(sampler, Sampler) else _by_the_host,
+            sampler=sampler,
+        )
+        return self._graphs
+
+
+def _by_the_host(sequence: Sequence) -> None:
+    """For a sampler that does not say how it draws: it is asked each time."""
 
 
 def build_runner(

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from .errors import InvalidConfig
+from .layout import KVLayout
 from .spec import ModelSpec
 
 
@@ -25,6 +26,7 @@ class Shard:
     heads: range
     kv_heads: range  # several tensor ranks hold the same one where there are more ranks than heads
     inner: range  # columns between the two halves of an MLP
+    expert_inner: range  # the same of every expert: all ranks hold a part of each; empty if dense
     vocab: range
 
     @property
@@ -39,10 +41,24 @@ class Shard:
     def is_last_stage(self) -> bool:
         return self.stage == self.pipeline_parallel - 1
 
-    def kv_bytes_per_token(self, spec: ModelSpec, dtype: str) -> int:
-        """Bytes of this rank's KV that one position takes."""
-        whole = spec.kv_bytes_per_token(dtype) // (spec.num_layers * spec.num_kv_heads)
-        return whole * len(self.layers) * len(self.kv_heads)
+    def kv_layout(
+        self, spec: ModelSpec, dtype: str, *, block_size: int, num_blocks: int, fingerprint: str
+    ) -> KVLayout:
+        """This rank's pool; `dtype` is the KV's own."""
+        return KVLayout(
+            num_layers=len(self.layers),
+            num_blocks=num_blocks,
+            num_kv_heads=len(self.kv_heads),
+            block_size=block_size,
+            head_dim=spec.head_dim,
+            dtype=dtype,
+            fingerprint=fingerprint,
+        )
+
+    def kv_block_bytes(self, spec: ModelSpec, dtype: str, block_size: int) -> int:
+        """Bytes that one block takes on this rank, over all its layers, with its scales."""
+        one = self.kv_layout(spec, dtype, block_size=block_size, num_blocks=1, fingerprint="")
+        return one.num_bytes
 
 
 def plan_shards(
@@ -60,6 +76,7 @@ def plan_shards(
             f"{pipeline_parallel} stages for {spec.num_layers} layers leave a stage empty",
             f"give {spec.num_layers} or less",
         )
+    expert_inner = 0 if spec.mixture is None else spec.mixture.expert_intermediate
     return tuple(
         Shard(
             rank=stage * tensor_parallel + tensor_rank,
@@ -71,6 +88,7 @@ def plan_shards(
             heads=_share(spec.num_heads, tensor_rank, tensor_parallel),
             kv_heads=_kv_heads(spec.num_kv_heads, tensor_rank, tensor_parallel),
             inner=_share(spec.intermediate_size, tensor_rank, tensor_parallel),
+            expert_inner=_share(expert_inner, tensor_rank, tensor_parallel),
             vocab=_share(spec.vocab_size, tensor_rank, tensor_parallel),
         )
         for stage in range(pipeline_parallel)

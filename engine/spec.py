@@ -12,110 +12,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .errors import InvalidConfig, UnsupportedModel
+from .errors import InvalidConfig
+from .families import family_of, unsupported, with_defaults
 from .layout import ITEM_BYTES
+from .mixture_spec import MixtureSpec, mixture_of
+from .rope_spec import RopeSpec, rope_of
 
-FAMILIES = {
-    "LlamaForCausalLM": "llama",
-    "MistralForCausalLM": "mistral",
-    "OPTForCausalLM": "opt",
-    "Qwen2ForCausalLM": "qwen2",
-    "Qwen3ForCausalLM": "qwen3",
-}
-ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn")
-_ROPE_NEEDS = {
-    "default": (),
-    "linear": ("factor",),
-    "dynamic": ("factor",),
-    "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
-    "yarn": ("factor",),
-}
-_COMMON: dict[str, Any] = {
-    "vocab_size": 32000,
-    "hidden_size": 4096,
-    "intermediate_size": 22016,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 32,
-    "hidden_act": "silu",
-    "max_position_embeddings": 32768,
-    "rms_norm_eps": 1e-6,
-    "tie_word_embeddings": False,
-    "head_dim": None,
-    "attention_bias": False,
-    "mlp_bias": False,
-    "sliding_window": None,
-    "bos_token_id": None,
-    "eos_token_id": None,
-    "pad_token_id": None,
-}
-_QWEN = {"vocab_size": 151936, "sliding_window": 4096}
-_DEFAULTS: dict[str, dict[str, Any]] = {
-    "llama": {
-        "intermediate_size": 11008,
-        "num_key_value_heads": None,
-        "max_position_embeddings": 2048,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-    },
-    "mistral": {
-        "intermediate_size": 14336,
-        "num_key_value_heads": 8,
-        "max_position_embeddings": 131072,
-        "sliding_window": 4096,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-    },
-    "qwen2": _QWEN,
-    "qwen3": _QWEN | {"head_dim": 128},
-    "opt": {
-        "vocab_size": 50272,
-        "hidden_size": 768,
-        "ffn_dim": 3072,
-        "num_hidden_layers": 12,
-        "num_attention_heads": 12,
-        "num_key_value_heads": None,
-        "activation_function": "relu",
-        "max_position_embeddings": 2048,
-        "do_layer_norm_before": True,
-        "word_embed_proj_dim": None,
-        "enable_bias": True,
-        "layer_norm_elementwise_affine": True,
-        "_remove_final_layer_norm": False,
-        "tie_word_embeddings": True,
-        "bos_token_id": 2,
-        "eos_token_id": 2,
-        "pad_token_id": 1,
-    },
-}
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class RopeSpec:
-    """Rotary positions. Fields that a type does not use keep their neutral values."""
-
-    type: str = "default"
-    theta: float = 10000.0
-    factor: float = 1.0
-    original_max_positions: int = 0
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    beta_fast: float = 32.0
-    beta_slow: float = 1.0
-    attention_factor: float | None = None
-    mscale: float | None = None
-    mscale_all_dim: float | None = None
-    truncate: bool = True
+_SIZES = ("_size", "_dim", "_heads", "_hidden_layers", "_position_embeddings")  # how keys end
+_MAY_BE_NULL = ("num_key_value_heads", "head_dim", "word_embed_proj_dim")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelSpec:
     """A decoder-only model: every shape and switch that the engine computes by."""
 
-    family: str  # "llama" | "mistral" | "qwen2" | "qwen3" | "opt"
+    family: str  # of `families.FAMILIES`
     vocab_size: int
     hidden_size: int
-    intermediate_size: int
+    intermediate_size: int  # of a dense layer's MLP
     num_layers: int
     num_heads: int
     num_kv_heads: int
@@ -126,6 +40,7 @@ class ModelSpec:
     norm_eps: float
     rope: RopeSpec | None  # None: learned positions
     windows: tuple[int, ...]  # per layer; 0: the whole context
+    mixture: MixtureSpec | None  # None: every MLP is dense
     qkv_bias: bool
     out_bias: bool  # attention's output projection
     mlp_bias: bool
@@ -142,16 +57,23 @@ class ModelSpec:
     def is_opt(self) -> bool:
         return self.family == "opt"
 
-    @property
-    def layer_parameters(self) -> int:
+    def is_mixture(self, layer: int) -> bool:
+        """Whether the layer's MLP is a mixture of experts."""
+        return self.mixture is not None and layer in self.mixture.layers
+
+    def layer_parameters(self, layer: int) -> int:
         """Weights of one decoder layer."""
         hidden, inner = self.hidden_size, self.intermediate_size
         q, kv = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
-        matrices = hidden * (2 * q + 2 * kv) + (2 if self.is_opt else 3) * hidden * inner
-        biases = self.qkv_bias * (q + 2 * kv) + self.out_bias * hidden
-        biases += self.mlp_bias * ((1 if self.is_opt else 2) * inner + hidden)
+        attention = hidden * (2 * q + 2 * kv)
+        attention += self.qkv_bias * (q + 2 * kv) + self.out_bias * hidden
         norms = self.norm_affine * (4 if self.is_opt else 2) * hidden
-        return matrices + biases + norms + self.qk_norm * 2 * self.head_dim
+        norms += self.qk_norm * 2 * self.head_dim
+        if self.mixture is not None and layer in self.mixture.layers:
+            return attention + norms + self.mixture.layer_parameters(hidden)
+        mlp = (2 if self.is_opt else 3) * hidden * inner
+        mlp += self.mlp_bias * ((1 if self.is_opt else 2) * inner + hidden)
+        return attention + norms + mlp
 
     @property
     def num_parameters(self) -> int:
@@ -162,7 +84,7 @@ class ModelSpec:
             outer += (self.max_positions + 2) * self.hidden_size
         if self.embed_dim != self.hidden_size:
             outer += 2 * self.embed_dim * self.hidden_size
-        return outer + self.num_layers * self.layer_parameters
+        return outer + sum(self.layer_parameters(layer) for layer in range(self.num_layers))
 
     def weight_bytes(self, dtype: str) -> int:
         """Bytes of all weights in a dtype."""
@@ -176,15 +98,6 @@ class ModelSpec:
     def max_context(self) -> int | None:
         """Positions the model has at all: learned ones end, rotary ones do not."""
         return self.max_positions if self.rope is None else None
-
-
-def _unsupported(path: Path, what: str) -> UnsupportedModel:
-    return UnsupportedModel(
-        str(path),
-        f"{what} is not supported",
-        f"supported are {', '.join(FAMILIES)} with rope_type {', '.join(ROPE_TYPES)}, "
-        "unquantised in float32, bfloat16 or float16",
-    )
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -201,64 +114,23 @@ def _read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def _family(config: dict[str, Any], path: Path) -> str:
-    names = config.get("architectures") or []
-    name = names[0] if names else f"model_type {config.get('model_type')!r} without architectures"
-    if name not in FAMILIES:
-        by_type = config.get("model_type")
-        if not names and by_type in FAMILIES.values():
-            return str(by_type)
-        raise _unsupported(path, f"architecture {name}")
-    return FAMILIES[name]
-
-
-def _rope(config: dict[str, Any], max_positions: int, path: Path) -> RopeSpec:
-    given = dict(config.get("rope_scaling") or config.get("rope_parameters") or {})
-    kind = given.get("rope_type", given.get("type", "default"))
-    if kind not in ROPE_TYPES or any(isinstance(value, dict) for value in given.values()):
-        raise _unsupported(path, f"rope_type {kind!r}")
-    partial = given.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0))
-    if partial not in (None, 1.0):
-        raise _unsupported(path, f"partial_rotary_factor {partial}")
-    missing = [key for key in _ROPE_NEEDS[kind] if not isinstance(given.get(key), int | float)]
-    if missing:
-        raise InvalidConfig(
-            str(path), f"rope_type {kind!r} lacks a number for {missing[0]}", "add it"
-        )
-    original = config.get(
-        "original_max_position_embeddings", given.get("original_max_position_embeddings")
-    )
-    return RopeSpec(
-        type=kind,
-        theta=float(given.get("rope_theta") or config.get("rope_theta") or 10000.0),
-        factor=given.get("factor") or 1.0,
-        original_max_positions=original or max_positions,
-        low_freq_factor=given.get("low_freq_factor", 1.0),
-        high_freq_factor=given.get("high_freq_factor", 4.0),
-        beta_fast=given.get("beta_fast") or 32,
-        beta_slow=given.get("beta_slow") or 1,
-        attention_factor=given.get("attention_factor"),
-        mscale=given.get("mscale"),
-        mscale_all_dim=given.get("mscale_all_dim"),
-        truncate=given.get("truncate", True),
-    )
-
-
 def _windows(values: dict[str, Any], config: dict[str, Any], family: str, path: Path) -> list[int]:
     layers, window = values["num_hidden_layers"], values["sliding_window"] or 0
-    if family == "mistral":
+    if family in ("mistral", "mixtral"):
         return [window] * layers
-    if family not in ("qwen2", "qwen3"):
+    if not family.startswith("qwen"):
         return [0] * layers
     if not config.get("use_sliding_window", False):
         window = 0
+    if family == "qwen3_moe":  # all layers alike; transformers reads no layer_types here
+        return [window] * layers
     kinds = config.get("layer_types")
     if kinds is None:
         after = config.get("max_window_layers", 28)
         return [window if layer >= after else 0 for layer in range(layers)]
     unknown = [kind for kind in kinds if kind not in ("full_attention", "sliding_attention")]
     if unknown:
-        raise _unsupported(path, f"layer type {unknown[0]!r}")
+        raise unsupported(path, f"layer type {unknown[0]!r}")
     if len(kinds) != layers:
         raise InvalidConfig(
             str(path), f"layer_types has {len(kinds)} entries for {layers} layers", "mend it"
@@ -270,7 +142,7 @@ def _dtype(config: dict[str, Any], path: Path) -> str:
     name = str(config.get("dtype") or config.get("torch_dtype") or "float32")
     name = name.removeprefix("torch.")
     if name not in ITEM_BYTES:
-        raise _unsupported(path, f"dtype {name}")
+        raise unsupported(path, f"dtype {name}")
     return name
 
 
@@ -283,8 +155,8 @@ def _token_ids(value: Any) -> frozenset[int]:
 def _check_shapes(values: dict[str, Any], path: Path) -> None:
     """Every size a positive integer, heads a multiple of KV heads."""
     for key, value in values.items():
-        is_size = key.endswith(("_size", "_dim", "_heads", "_layers", "_position_embeddings"))
-        if is_size and value is not None and (type(value) is not int or value < 1):
+        is_size = key.endswith(_SIZES) and not (value is None and key in _MAY_BE_NULL)
+        if is_size and (type(value) is not int or value < 1):
             raise InvalidConfig(str(path), f"{key} is {value!r}", "give a positive integer")
     heads, kv_heads = values["num_attention_heads"], values["num_key_value_heads"] or 1
     if heads % kv_heads:
@@ -303,17 +175,15 @@ def load_spec(directory: str | Path) -> ModelSpec:
     """
     path = Path(directory) / "config.json"
     config = _read_json(path)
-    family = _family(config, path)
+    family = family_of(config, path)
     if config.get("quantization_config"):
         method = config["quantization_config"].get("quant_method", "?")
-        raise _unsupported(path, f"quantization_config (quant_method {method})")
-    values = {
-        key: config.get(key, default) for key, default in (_COMMON | _DEFAULTS[family]).items()
-    }
+        raise unsupported(path, f"quantization_config (quant_method {method})")
+    values = with_defaults(config, family)
     _check_shapes(values, path)
     activation = values["activation_function"] if family == "opt" else values["hidden_act"]
     if activation != ("relu" if family == "opt" else "silu"):
-        raise _unsupported(path, f"activation {activation!r} in {family}")
+        raise unsupported(path, f"activation {activation!r} in {family}")
     generation = Path(directory) / "generation_config.json"
     eos = _read_json(generation).get("eos_token_id") if generation.exists() else None
     eos_token_ids = _token_ids(values["eos_token_id"] if eos is None else eos)
@@ -327,6 +197,7 @@ def load_spec(directory: str | Path) -> ModelSpec:
         "dtype": _dtype(config, path),
         "tied_embeddings": bool(values["tie_word_embeddings"]),
         "windows": tuple(_windows(values, config, family, path)),
+        "mixture": mixture_of(config, values, family, path),
         "bos_token_id": values["bos_token_id"],
         "pad_token_id": values["pad_token_id"],
         "eos_token_ids": eos_token_ids,
@@ -361,19 +232,19 @@ def _rotary(
     heads = values["num_attention_heads"]
     head_dim = values["head_dim"] or values["hidden_size"] // heads
     if head_dim % 2:
-        raise _unsupported(path, f"odd head_dim {head_dim} with rotary positions")
-    bias = bool(values["attention_bias"]) and family in ("llama", "qwen3")
+        raise unsupported(path, f"odd head_dim {head_dim} with rotary positions")
+    bias = bool(values["attention_bias"]) and family in ("llama", "qwen3", "qwen3_moe")
     return ModelSpec(
         **shared,
         intermediate_size=values["intermediate_size"],
         num_kv_heads=values["num_key_value_heads"] or heads,
         head_dim=head_dim,
         norm_eps=values["rms_norm_eps"],
-        rope=_rope(config, values["max_position_embeddings"], path),
+        rope=rope_of(config, values, path),
         qkv_bias=bias or family == "qwen2",
         out_bias=bias,
         mlp_bias=bool(values["mlp_bias"]) and family == "llama",
-        qk_norm=family == "qwen3",
+        qk_norm=family in ("qwen3", "qwen3_moe"),
         embed_dim=values["hidden_size"],
         norm_first=True,
         final_norm=True,

@@ -6,8 +6,10 @@ that are its own.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -34,7 +36,8 @@ class Norm:
 class LayerWeights:
     """One layer's shard: qkv and up hold the rank's rows, out and down its columns.
 
-    Of a bias that follows the sum over tensor ranks, the first of them has all and no other any.
+    Of a bias that follows the sum over tensor ranks, the first of them has all and no other any. In
+    a mixture's layer up and down are stacked: [experts, out, in], without biases.
     """
 
     attention_norm: Norm
@@ -44,6 +47,7 @@ class LayerWeights:
     mlp_norm: Norm
     up: Linear  # gate and up fused; OPT: fc1
     down: Linear
+    router: Tensor | None  # [experts, hidden]; None: the MLP is dense
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -55,6 +59,20 @@ class ModelWeights:
     final_norm: Norm | None  # last stage only, like the two below
     project_out: Linear | None
     head: Tensor | None  # [vocab, embed_dim]; the embedding itself when tied
+
+
+class Tensors(Protocol):
+    """Where tensors come from by name, as `checkpoint.Checkpoint` gives them."""
+
+    def __contains__(self, name: str) -> bool: ...
+
+    def fused(
+        self,
+        names: Sequence[str],
+        *,
+        rows: Sequence[range] | None = None,
+        columns: range | None = None,
+    ) -> Tensor: ...
 
 
 class _Names:
@@ -74,7 +92,7 @@ class _Names:
         else:
             names = {"attention_norm": ["input_layernorm"]}
             names |= {"mlp_norm": ["post_attention_layernorm"]}
-            names |= {"up": ["mlp.gate_proj", "mlp.up_proj"], "down": ["mlp.down_proj"]}
+            names |= self._mlp(layer)
         modules = {key: [prefix + name for name in part] for key, part in names.items()}
         modules["qkv"] = [attention + side for side in ("q_proj", "k_proj", "v_proj")]
         modules["out"] = [attention + ("out_proj" if self.spec.is_opt else "o_proj")]
@@ -82,16 +100,35 @@ class _Names:
             modules["q_norm"], modules["k_norm"] = [attention + "q_norm"], [attention + "k_norm"]
         return modules
 
+    def _mlp(self, layer: int) -> dict[str, list[str]]:
+        """A gated MLP's modules, or a mixture's: gate and up of each expert in turn."""
+        if self.spec.mixture is None or layer not in self.spec.mixture.layers:
+            return {"up": ["mlp.gate_proj", "mlp.up_proj"], "down": ["mlp.down_proj"]}
+        is_mixtral = self.spec.family == "mixtral"
+        block = "block_sparse_moe" if is_mixtral else "mlp"
+        gate, up, down = ("w1", "w3", "w2") if is_mixtral else ("gate_proj", "up_proj", "down_proj")
+        experts = [f"{block}.experts.{expert}." for expert in range(self.spec.mixture.experts)]
+        return {
+            "router": [f"{block}.gate"],
+            "up": [expert + side for expert in experts for side in (gate, up)],
+            "down": [expert + down for expert in experts],
+        }
+
     def _layer_shapes(self, layer: int) -> dict[str, Shape]:
         spec, names = self.spec, self.layer(layer)
         hidden, inner, dim = spec.hidden_size, spec.intermediate_size, spec.head_dim
         q, kv = spec.num_heads * dim, spec.num_kv_heads * dim
+        mixture = spec.mixture if "router" in names else None
+        if mixture is not None:
+            inner = mixture.expert_intermediate
         linears = [
             ("qkv", (q, kv, kv), hidden, spec.qkv_bias),
             ("out", (hidden,), q, spec.out_bias),
             ("up", (inner,) * len(names["up"]), hidden, spec.mlp_bias),
-            ("down", (hidden,), inner, spec.mlp_bias),
+            ("down", (hidden,) * len(names["down"]), inner, spec.mlp_bias),
         ]
+        if mixture is not None:
+            linears.append(("router", (mixture.experts,), hidden, False))
         shapes: dict[str, Shape] = {}
         for key, outs, width, bias in linears:
             for name, out in zip(names[key], outs, strict=True):
@@ -135,14 +172,14 @@ class _Names:
         return shapes
 
 
-def _norm(checkpoint: Checkpoint, name: str) -> Norm:
+def _norm(checkpoint: Tensors, name: str) -> Norm:
     return Norm(
         weight=checkpoint.fused([name + ".weight"]) if name + ".weight" in checkpoint else None,
         bias=checkpoint.fused([name + ".bias"]) if name + ".bias" in checkpoint else None,
     )
 
 
-def _by_rows(checkpoint: Checkpoint, names: list[str], rows: list[range], bias: bool) -> Linear:
+def _by_rows(checkpoint: Tensors, names: list[str], rows: list[range], bias: bool) -> Linear:
     """A rank's rows of each matrix: it computes that part of the outputs."""
     return Linear(
         weight=checkpoint.fused([name + ".weight" for name in names], rows=rows),
@@ -150,7 +187,7 @@ def _by_rows(checkpoint: Checkpoint, names: list[str], rows: list[range], bias: 
     )
 
 
-def _by_columns(checkpoint: Checkpoint, names: list[str], columns: range, bias: bool) -> Linear:
+def _by_columns(checkpoint: Tensors, names: list[str], columns: range, bias: bool) -> Linear:
     """A rank's columns: it computes a summand of all outputs. With `bias`, the bias too."""
     return Linear(
         weight=checkpoint.fused([name + ".weight" for name in names], columns=columns),
@@ -158,7 +195,7 @@ def _by_columns(checkpoint: Checkpoint, names: list[str], columns: range, bias: 
     )
 
 
-def load_layer(checkpoint: Checkpoint, spec: ModelSpec, layer: int, shard: Shard) -> LayerWeights:
+def load_layer(checkpoint: Tensors, spec: ModelSpec, layer: int, shard: Shard) -> LayerWeights:
     """A rank's part of one decoder layer, fused."""
     names = _Names(spec).layer(layer)
     qk_norm = None
@@ -170,16 +207,39 @@ def load_layer(checkpoint: Checkpoint, spec: ModelSpec, layer: int, shard: Shard
         for part in (shard.heads, shard.kv_heads)
     )
     adds_bias = shard.tensor_rank == 0
-    inner = [shard.inner] * len(names["up"])
+    up, down, router = _load_mlp(checkpoint, spec, names, shard)
     return LayerWeights(
         attention_norm=_norm(checkpoint, names["attention_norm"][0]),
         qkv=_by_rows(checkpoint, names["qkv"], [heads, kv_heads, kv_heads], spec.qkv_bias),
         out=_by_columns(checkpoint, names["out"], heads, spec.out_bias and adds_bias),
         qk_norm=qk_norm,
         mlp_norm=_norm(checkpoint, names["mlp_norm"][0]),
-        up=_by_rows(checkpoint, names["up"], inner, spec.mlp_bias),
-        down=_by_columns(checkpoint, names["down"], shard.inner, spec.mlp_bias and adds_bias),
+        up=up,
+        down=down,
+        router=router,
     )
+
+
+def _load_mlp(
+    checkpoint: Tensors, spec: ModelSpec, names: dict[str, list[str]], shard: Shard
+) -> tuple[Linear, Linear, Tensor | None]:
+    """A layer's `up`, `down` and `router`."""
+    if "router" not in names:
+        inner = [shard.inner] * len(names["up"])
+        adds_bias = spec.mlp_bias and shard.tensor_rank == 0
+        up = _by_rows(checkpoint, names["up"], inner, spec.mlp_bias)
+        return up, _by_columns(checkpoint, names["down"], shard.inner, adds_bias), None
+    inner = [shard.expert_inner] * len(names["up"])
+    up = _by_rows(checkpoint, names["up"], inner, bias=False)
+    down = _by_columns(checkpoint, names["down"], shard.expert_inner, bias=False)
+    router = checkpoint.fused([names["router"][0] + ".weight"])
+    return _stacked(up, len(router)), _stacked(down, len(router)), router
+
+
+def _stacked(linear: Linear, experts: int) -> Linear:
+    """Experts one above the other as [experts, out, in]."""
+    rows, columns = linear.weight.shape
+    return Linear(weight=linear.weight.view(experts, rows // experts, columns), bias=None)
 
 
 def load_weights(
@@ -190,8 +250,18 @@ def load_weights(
     Raises InvalidConfig naming the file and tensor that is missing, misshaped or unexpected.
     """
     checkpoint = Checkpoint(directory, TORCH_DTYPES[dtype], device)
+    checkpoint.check_names(tensor_shapes(spec), optional=("lm_head.weight",))
+    return weights_of(checkpoint, spec, shard)
+
+
+def tensor_shapes(spec: ModelSpec) -> dict[str, Shape]:
+    """Every tensor that a checkpoint of the model must have."""
+    return _Names(spec).shapes()
+
+
+def weights_of(checkpoint: Tensors, spec: ModelSpec, shard: Shard) -> ModelWeights:
+    """A rank's weights, of a checkpoint whose tensors are known to be there."""
     names = _Names(spec)
-    checkpoint.check_names(names.shapes(), optional=("lm_head.weight",))
     first, last = shard.is_first_stage, shard.is_last_stage
     embedding = names.root + "embed_tokens.weight"
     tied = spec.tied_embeddings

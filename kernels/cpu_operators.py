@@ -12,11 +12,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import reference
+from . import experts, reference
+from .chunk_attention import COLUMNS, chunk_body, chunk_scratch_floats, takes
+from .fp8 import E4M3
+from .fp8_decode import fp8_decode_body
+from .fp8_rows import append_rows, gather_rows
 from .openmp import HAS_OPENMP, float_bits
 from .paged_decode import decode_body, scratch_floats
 from .rows import Rows
 from .rowwise import rms_norm_body, rope_append_body, silu_mul_body
+from .softmax import ROW_PADDING
 
 GATHER_FROM = 32  # tokens a row
 CACHED_SCORES = 1 << 16  # float32 scores of one task: a quarter of a small L2
@@ -31,7 +36,7 @@ class CpuPlan:
     tokens: np.ndarray  # int64: tokens attended in place
     token_rows: np.ndarray  # int64: their rows
     contexts: np.ndarray  # int64: positions each sees
-    chunks: list[tuple[int, int, int, Tensor]]  # (first token, count, start, block table)
+    chunks: list[tuple[int, int, int, int]]  # (first token, count, start, row)
 
 
 class CpuOperators:
@@ -47,6 +52,7 @@ class CpuOperators:
         self._silu_mul = silu_mul_body(wide)
         self._rope_append = rope_append_body(head_dim, wide)
         self._decode = decode_body(head_dim, block_size, wide)
+        self._chunks = chunk_body(head_dim, block_size, wide) if takes(head_dim) else None
         self._scratch = np.empty(0, np.float32)
 
     def _scratch_at(self, floats: int) -> int:
@@ -67,7 +73,7 @@ class CpuOperators:
                 int(rows.firsts[row]),
                 int(rows.counts[row]),
                 int(rows.starts[row]),
-                torch.from_numpy(rows.tables[row].astype(np.int64)),
+                int(row),
             )
             for row in long_rows
         ]
@@ -109,9 +115,12 @@ class CpuOperators:
             dim,
             gate_up.data_ptr(),
             out.data_ptr(),
-            self._scratch_at(4 * dim),
         )
         return out
+
+    def experts(self, x: Tensor, gate_up: Tensor, down: Tensor, routing: experts.Routing) -> Tensor:
+        """Each token through its experts [experts, out, in], weighed and summed."""
+        return experts.by_loop(x, gate_up, down, routing, self.silu_mul)
 
     def rope_append(
         self,
@@ -134,12 +143,14 @@ class CpuOperators:
             0 if norms is None else norms[0].data_ptr(),
             0 if norms is None else norms[1].data_ptr(),
             qkv.data_ptr(),
-            kv.data_ptr(),
+            0 if kv.dtype == E4M3 else kv.data_ptr(),
             plan.rows.slots.ctypes.data,
             plan.angles.data_ptr(),
             0 if cos_sin is None else cos_sin.data_ptr(),
             self._scratch_at(2 * self._dim),
         )
+        if kv.dtype == E4M3:
+            append_rows(qkv, kv, plan.rows.slots, self.threads)
 
     def attention(
         self, qkv: Tensor, kv: Tensor, plan: CpuPlan, *, window: int, scale: float
@@ -149,22 +160,75 @@ class CpuOperators:
         out = torch.empty((len(qkv), num_heads * self._dim), dtype=qkv.dtype)
         if len(plan.tokens):
             self._attend_in_place(qkv, kv, plan, out, window, scale)
-        for first, count, start, table in plan.chunks:
+        if plan.chunks and self._chunks is not None and kv.dtype != E4M3:
+            self._attend_chunks(qkv, kv, plan, out, window, scale)
+            return out
+        for first, count, start, row in plan.chunks:
+            table = torch.from_numpy(plan.rows.tables[row].astype(np.int64))
             q = qkv[first : first + count].view(count, -1, self._dim)[:, :num_heads]
-            attended = reference.attend(q, kv, table, start, window=window, scale=scale)
+            attended = self._attend_chunk(q, kv, table, start, window, scale)
             out[first : first + count] = attended.view(count, -1)
         return out
+
+    def _attend_chunks(
+        self, qkv: Tensor, kv: Tensor, plan: CpuPlan, out: Tensor, window: int, scale: float
+    ) -> None:
+        assert self._chunks is not None
+        visible_blocks = reference.visible_blocks
+        size, kv_heads, stride = self._block_size, kv.shape[2], plan.rows.tables.strides[0]
+        table_at = plan.rows.tables.ctypes.data
+        chunks = [
+            (first, count, start, size * visible_blocks(start, count, window, size).start, row)
+            for first, count, start, row in plan.chunks
+        ]
+        columns = np.array(chunks, dtype=np.int64)
+        columns[:, 4] = table_at + stride * columns[:, 4]
+        longest = int((columns[:, 1] + columns[:, 2] - columns[:, 3]).max())
+        longest = -(-longest // COLUMNS) * COLUMNS
+        tasks = len(chunks) * kv_heads
+        self._chunks.run(
+            self.threads,
+            len(chunks),
+            out.shape[1] // self._dim,
+            kv_heads,
+            -(-2 * self.threads // tasks) if self.threads > 1 else 1,
+            window,
+            qkv.stride(0),
+            out.stride(0),
+            float_bits(scale),
+            qkv.data_ptr(),
+            kv.data_ptr(),
+            out.data_ptr(),
+            columns.ctypes.data,
+            self._scratch_at(chunk_scratch_floats(longest, self._dim)),
+            longest,
+        )
+
+    def _attend_chunk(
+        self, q: Tensor, kv: Tensor, table: Tensor, start: int, window: int, scale: float
+    ) -> Tensor:  # [count, heads, dim]
+        if kv.dtype != E4M3:
+            return reference.attend(q, kv, table, start, window=window, scale=scale)
+        seen = reference.visible_blocks(start, len(q), window, self._block_size)
+        k, v = gather_rows(kv, table[seen.start : seen.stop], q.dtype, self.threads)
+        begin = seen.start * self._block_size
+        return reference.attend_dense(q, k, v, start, begin, window=window, scale=scale)
 
     def _attend_in_place(
         self, qkv: Tensor, kv: Tensor, plan: CpuPlan, out: Tensor, window: int, scale: float
     ) -> None:
         kv_heads = kv.shape[2]
         num_heads = out.shape[1] // self._dim
-        longest = plan.rows.tables.shape[1] * self._block_size
+        longest = plan.rows.tables.shape[1] * self._block_size + ROW_PADDING
         group = num_heads // kv_heads
         span = self._span(len(plan.tokens), kv_heads, group * longest)
         bounds = self._bounds(plan.contexts, kv_heads // span, window)
-        self._decode.run(
+        decode, floats = self._decode, scratch_floats(span * group, self._dim, longest)
+        if kv.dtype == E4M3:
+            wide = qkv.dtype == torch.float32
+            decode = fp8_decode_body(self._dim, self._block_size, kv.stride(2), wide)
+            floats += self._block_size * self._dim  # a tile widened
+        decode.run(
             self.threads,
             num_heads,
             kv_heads,
@@ -182,7 +246,7 @@ class CpuOperators:
             plan.token_rows.ctypes.data,
             plan.contexts.ctypes.data,
             bounds.ctypes.data,
-            self._scratch_at(scratch_floats(span * group, self._dim, longest)),
+            self._scratch_at(floats),
             plan.rows.tables.ctypes.data,
             span,
         )

@@ -15,29 +15,31 @@ import functools
 import numpy as np
 from numba import carray, cfunc, njit
 
-from .exponential import exp_rows
 from .openmp import BODY, CONTRACT, Body, thread_num
-from .simd import add_weighted_rows, as_double, dot, narrow, pointer, widen
+from .simd import LANES, add_weighted_rows, as_double, dot, narrow, pointer, widen
+from .softmax import softmax
+from .vectors import add_weighted_rows_twice, dot_rows, prefetch
 
-
-@njit(fastmath=CONTRACT)
-def _softmax(scores, bits) -> None:  # noqa: ANN001
-    """Softmax of a row in place."""
-    largest = scores[0]
-    for i in range(len(scores)):
-        largest = max(largest, scores[i])
-    exp_rows(scores, largest, bits)
-    total = np.float32(0.0)
-    for i in range(len(scores)):
-        total += scores[i]
-    inverse = np.float32(1.0) / total
-    for i in range(len(scores)):
-        scores[i] *= inverse
+AHEAD = 2  # blocks that are asked for before they are read
 
 
 def scratch_floats(heads: int, head_dim: int, row_len: int) -> int:
     """Float32 scratch of a thread whose tasks span `heads` query heads and `row_len` positions."""
-    return (heads + 1) * row_len + 2 * heads * head_dim
+    return heads * (row_len + 2 * head_dim)
+
+
+@njit(inline="always")
+def _score(query, keys, row_at, begin, stop, scale, in_sixteens, size, dim, wide) -> None:  # noqa: ANN001
+    """Scores of one query over a block. Sixteen at a time they are those of the whole block, also
+    of positions outside [begin, stop), which nobody reads."""
+    item = 4 if wide else 2
+    if in_sixteens:
+        for t in range(0, size, LANES):
+            dot_rows(query, keys + item * t * dim, row_at + 4 * t, scale, dim, wide)
+    else:
+        row = carray(pointer(row_at), (size,), np.float32)
+        for t in range(begin, stop):
+            row[t] = dot(query, keys + item * t * dim, dim, wide) * scale
 
 
 @functools.cache
@@ -45,6 +47,8 @@ def decode_body(head_dim: int, block_size: int, wide: bool) -> Body:
     """Compile (or load) the body for one block shape; `wide` reads float32, else bfloat16."""
     dim, size, item = head_dim, block_size, 4 if wide else 2
     tile_bytes = item * block_size * head_dim
+    in_sixteens = block_size % LANES == 0 and head_dim % LANES == 0
+    pairs_fit = head_dim % LANES == 0 and head_dim <= 128  # sums of two heads, in registers
 
     def body(p):  # noqa: ANN001, ANN202
         num_heads, kv_heads, num_tokens, window, row_len = p[1], p[2], p[3], p[4], p[5]
@@ -56,13 +60,10 @@ def decode_body(head_dim: int, block_size: int, wide: bool) -> Body:
         contexts = carray(pointer(p[15]), (num_tokens,), np.int64)
         bounds = carray(pointer(p[16]), (p[0] + 1,), np.int64)
         span = p[19]  # KV heads a task
-        floats = (span * group + 1) * row_len + 2 * span * group * dim
+        floats = span * group * (row_len + 2 * dim)
         scores_at = p[17] + 4 * thread * floats
-        bits_at = scores_at + 4 * span * group * row_len
-        query_at = bits_at + 4 * row_len
+        query_at = scores_at + 4 * span * group * row_len
         sum_at = query_at + 4 * span * group * dim
-        scores = carray(pointer(scores_at), (span * group * row_len,), np.float32)
-        bits = carray(pointer(bits_at), (row_len,), np.int32)
         sums = carray(pointer(sum_at), (span * group * dim,), np.float32)
         for task in range(bounds[thread], bounds[thread + 1]):
             i, head = task // (kv_heads // span), task % (kv_heads // span) * span
@@ -75,29 +76,33 @@ def decode_body(head_dim: int, block_size: int, wide: bool) -> Body:
             for b in range(first, end):
                 tile = kv_at + tile_bytes * (np.int64(table[b]) * 2 * kv_heads + head)
                 begin, stop = max(low - b * size, 0), min(context - b * size, size)
-                for s in range(span):
-                    for t in range(begin, stop):
-                        key = tile + s * tile_bytes + item * t * dim
-                        column = (b - first) * size + t
-                        for g in range(s * group, (s + 1) * group):
-                            score = dot(query_at + 4 * g * dim, key, dim, wide)
-                            scores[g * row_len + column] = score * scale
+                ahead = kv_at + tile_bytes * np.int64(table[min(b + AHEAD, end - 1)]) * 2 * kv_heads
+                for s in range(head, head + span):  # else each block begins with a wait for memory
+                    prefetch(ahead + s * tile_bytes, tile_bytes)
+                    prefetch(ahead + (kv_heads + s) * tile_bytes, tile_bytes)
+                for g in range(span * group):
+                    query, key = query_at + 4 * g * dim, tile + g // group * tile_bytes
+                    row_at = scores_at + 4 * (g * row_len + (b - first) * size)
+                    _score(query, key, row_at, begin, stop, scale, in_sixteens, size, dim, wide)
             skip, count = low - first * size, context - low
             for g in range(span * group):
-                start = g * row_len + skip
-                _softmax(scores[start : start + count], bits)
+                softmax(scores_at + 4 * (g * row_len + skip), count)
             for j in range(span * group * dim):
                 sums[j] = np.float32(0.0)
             for b in range(first, end):
                 block = np.int64(table[b]) * 2 + 1
                 begin, stop = max(low - b * size, 0), min(context - b * size, size)
                 tile = kv_at + tile_bytes * (block * kv_heads + head) + item * begin * dim
-                for g in range(span * group):
+                step = 2 if pairs_fit and group % 2 == 0 else 1
+                for g in range(0, span * group, step):
                     weights = scores_at + 4 * (g * row_len + (b - first) * size + begin)
-                    values = tile + g // group * tile_bytes
-                    add_weighted_rows(
-                        sum_at + 4 * g * dim, values, weights, stop - begin, dim, wide
-                    )
+                    values, sum_g = tile + g // group * tile_bytes, sum_at + 4 * g * dim
+                    if step == 2:
+                        add_weighted_rows_twice(
+                            sum_g, values, weights, row_len, stop - begin, dim, wide
+                        )
+                    else:
+                        add_weighted_rows(sum_g, values, weights, stop - begin, dim, wide)
             narrow(sum_at, out_at + item * (tokens[i] * out_stride + at), span * group * dim, wide)
 
     return Body(cfunc(BODY, cache=True, fastmath=CONTRACT)(body))

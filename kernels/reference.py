@@ -1,6 +1,7 @@
 """Readable torch versions of every kernel; what runs on CUDA and in float16, and the tests' truth.
 
-Shapes: a layer of the pool is `kv: [blocks, 2, kv_heads, block_size, head_dim]`.
+Shapes: a layer of the pool is `kv: [blocks, 2, kv_heads, block_size, head_dim]`; one of
+float8_e4m3fn has scales between its tiles, as `fp8` says.
 """
 
 from __future__ import annotations
@@ -8,6 +9,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from . import fp8
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -33,6 +36,9 @@ def rotate(x: Tensor, cos_sin: Tensor) -> Tensor:
 
 def append(kv: Tensor, k: Tensor, v: Tensor, slots: Tensor) -> None:
     """Write k, v [tokens, kv_heads, dim] at slots [tokens] (block * block_size + offset)."""
+    if kv.dtype == fp8.E4M3:
+        fp8.append(kv, k, v, slots)
+        return
     block, offset = slots // kv.shape[3], slots % kv.shape[3]
     kv[block, 0, :, offset] = k
     kv[block, 1, :, offset] = v
@@ -56,13 +62,33 @@ def attend(
     scale: float,
 ) -> Tensor:  # [count, heads, dim]
     """Causal attention of one row over its blocks, gathered. `window` 0: the whole context."""
-    count, heads, dim = q.shape
-    kv_heads, block_size = kv.shape[2], kv.shape[3]
-    context = start + count
+    seen = visible_blocks(start, len(q), window, kv.shape[3])
+    ids = blocks[seen.start : seen.stop]
+    gathered = fp8.gather(kv, ids).to(q.dtype) if kv.dtype == fp8.E4M3 else kv[ids]
+    k, v = gathered.permute(1, 2, 0, 3, 4).flatten(2, 3)
+    return attend_dense(q, k, v, start, seen.start * kv.shape[3], window=window, scale=scale)
+
+
+def visible_blocks(start: int, count: int, window: int, block_size: int) -> range:
+    """Places in the block table of what the positions [start, start + count) see."""
     first = max(0, start + 1 - window) // block_size if window else 0
-    begin = first * block_size
-    gathered = kv[blocks[first : -(-context // block_size)]]
-    k, v = gathered.permute(1, 2, 0, 3, 4).flatten(2, 3)[:, :, : context - begin]
+    return range(first, -(-(start + count) // block_size))
+
+
+def attend_dense(
+    q: Tensor,  # [count, heads, dim]: positions [start, start + count) of one sequence
+    k: Tensor,  # [kv_heads, positions, dim]: from position `begin` to the last or behind it
+    v: Tensor,
+    start: int,
+    begin: int,
+    *,
+    window: int,
+    scale: float,
+) -> Tensor:  # [count, heads, dim]
+    """Causal attention of one row over keys and values that lie in order of position."""
+    count, heads, dim = q.shape
+    k, v = k[:, : start + count - begin], v[:, : start + count - begin]
+    kv_heads = len(k)
     group = heads // kv_heads
     one_triangle = begin == start and not window and count > 1
     sees_all = count == 1 and not window

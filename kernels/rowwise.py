@@ -16,9 +16,9 @@ import math
 import numpy as np
 from numba import carray, cfunc, njit
 
-from .exponential import exp_rows
 from .openmp import BODY, CONTRACT, Body, thread_num
 from .simd import as_double, dot, narrow, pointer, widen
+from .vectors import silu_mul_row
 
 
 @functools.cache
@@ -66,23 +66,9 @@ def silu_mul_body(wide: bool) -> Body:
     def body(p):  # noqa: ANN001, ANN202
         num_rows, dim, x_at, out_at = p[1], p[2], p[3], p[4]
         thread = thread_num()
-        row_at = p[5] + 16 * thread * dim
-        gate = carray(pointer(row_at), (dim,), np.float32)
-        up = carray(pointer(row_at + 4 * dim), (dim,), np.float32)
-        powers = carray(pointer(row_at + 8 * dim), (dim,), np.float32)
-        bits = carray(pointer(row_at + 12 * dim), (dim,), np.int32)
         for i in range(num_rows * thread // p[0], num_rows * (thread + 1) // p[0]):
-            widen(x_at + item * 2 * i * dim, row_at, 2 * dim, wide)
-            for j in range(dim):
-                powers[j] = -gate[j]
-            exp_rows(powers, np.float32(0.0), bits)
-            for j in range(dim):
-                gate[j] /= np.float32(1.0) + powers[j]
-            narrow(row_at, out_at + item * i * dim, dim, wide)
-            widen(out_at + item * i * dim, row_at, dim, wide)
-            for j in range(dim):
-                gate[j] *= up[j]
-            narrow(row_at, out_at + item * i * dim, dim, wide)
+            gate_at = x_at + item * 2 * i * dim
+            silu_mul_row(gate_at, gate_at + item * dim, out_at + item * i * dim, dim, wide)
 
     return Body(cfunc(BODY, cache=True, fastmath=CONTRACT)(body))
 
@@ -100,7 +86,10 @@ def _rotate(x, cos_sin, half) -> None:  # noqa: ANN001
 
 @functools.cache
 def rope_append_body(head_dim: int, wide: bool) -> Body:
-    """Normalise (optionally) and rotate q in place and k into its block; copy v into its block."""
+    """Normalise (optionally) and rotate q in place and k into its block; copy v into its block.
+
+    Without a layer of blocks (address 0), k is written back in place as q is.
+    """
     dim, item, half = head_dim, 4 if wide else 2, head_dim // 2
 
     def body(p):  # noqa: ANN001, ANN202
@@ -119,7 +108,7 @@ def rope_append_body(head_dim: int, wide: bool) -> Body:
             for head in range(num_heads + 2 * kv_heads):
                 source = qkv_at + item * (i * width + head * dim)
                 target = source
-                if head >= num_heads:
+                if head >= num_heads and kv_at != 0:
                     side = block * 2 * kv_heads + head - num_heads
                     target = kv_at + item * dim * (side * size + place)
                 widen(source, row_at, dim, wide)

@@ -28,7 +28,7 @@ def _pieces(dim: int) -> Iterator[tuple[int, int]]:
             at += lanes
 
 
-def _load(builder: ir.IRBuilder, address: Any, lanes: int, wide: bool) -> Any:
+def load(builder: ir.IRBuilder, address: Any, lanes: int, wide: bool) -> Any:
     """`lanes` values at an int address as float32: float32 itself, or bfloat16 widened."""
     element = FLOAT if wide else ir.IntType(16)
     pointer = builder.inttoptr(address, ir.VectorType(element, lanes).as_pointer())
@@ -44,7 +44,7 @@ def _offset(builder: ir.IRBuilder, address: Any, num_bytes: int) -> Any:
     return builder.add(address, ir.Constant(ir.IntType(64), num_bytes))
 
 
-def _splat(builder: ir.IRBuilder, value: Any, lanes: int) -> Any:
+def splat(builder: ir.IRBuilder, value: Any, lanes: int) -> Any:
     kind = ir.VectorType(FLOAT, lanes)
     first = builder.insert_element(
         ir.Constant(kind, ir.Undefined), value, ir.Constant(ir.IntType(32), 0)
@@ -79,8 +79,8 @@ def dot(typing_context, a, b, dim, wide):  # noqa: ANN001, ANN201
         left, right = arguments[0], arguments[1]
         sums: dict[tuple[int, int], Any] = {}
         for number, (at, lanes) in enumerate(_pieces(length)):
-            x = _load(builder, _offset(builder, left, 4 * at), lanes, True)
-            y = _load(builder, _offset(builder, right, item * at), lanes, is_wide)
+            x = load(builder, _offset(builder, left, 4 * at), lanes, True)
+            y = load(builder, _offset(builder, right, item * at), lanes, is_wide)
             product = builder.fmul(x, y, flags=FAST)
             slot = (lanes, number % 2)
             sums[slot] = builder.fadd(sums[slot], product, flags=FAST) if slot in sums else product
@@ -118,15 +118,15 @@ def add_weighted_rows(typing_context, acc, rows, weights, count, dim, wide):  # 
         slots = []
         for at, lanes in pieces:
             slot = cgutils.alloca_once(builder, ir.VectorType(FLOAT, lanes))
-            builder.store(_load(builder, _offset(builder, target, 4 * at), lanes, True), slot)
+            builder.store(load(builder, _offset(builder, target, 4 * at), lanes, True), slot)
             slots.append(slot)
         with cgutils.for_range(builder, number) as loop:
             row = builder.add(source, builder.mul(loop.index, ir.Constant(long, item * length)))
             place = builder.add(factors, builder.mul(loop.index, ir.Constant(long, 4)))
             weight = builder.load(builder.inttoptr(place, FLOAT.as_pointer()), align=4)
             for (at, lanes), slot in zip(pieces, slots, strict=True):
-                values = _load(builder, _offset(builder, row, item * at), lanes, is_wide)
-                product = builder.fmul(values, _splat(builder, weight, lanes), flags=FAST)
+                values = load(builder, _offset(builder, row, item * at), lanes, is_wide)
+                product = builder.fmul(values, splat(builder, weight, lanes), flags=FAST)
                 builder.store(builder.fadd(builder.load(slot), product, flags=FAST), slot)
         for (at, lanes), slot in zip(pieces, slots, strict=True):
             pointer = builder.inttoptr(
@@ -139,7 +139,7 @@ def add_weighted_rows(typing_context, acc, rows, weights, count, dim, wide):  # 
     return signature, codegen
 
 
-def _each_piece(builder: ir.IRBuilder, count: Any, copy: Any) -> None:
+def each_piece(builder: ir.IRBuilder, count: Any, copy: Any) -> None:
     """Emit copy(index, lanes) over [0, count): whole vectors first, then single values."""
     long = ir.IntType(64)
     whole = builder.udiv(count, ir.Constant(long, LANES))
@@ -159,18 +159,18 @@ def widen(typing_context, source, target, count, wide):  # noqa: ANN001, ANN201
     def codegen(context, builder, signature, arguments):  # noqa: ANN001, ANN202
         def copy(index: Any, lanes: int) -> None:
             start = builder.mul(index, ir.Constant(long, 4 if is_wide else 2))
-            value = _load(builder, builder.add(arguments[0], start), lanes, is_wide)
+            value = load(builder, builder.add(arguments[0], start), lanes, is_wide)
             place = builder.add(arguments[1], builder.mul(index, ir.Constant(long, 4)))
             pointer = builder.inttoptr(place, ir.VectorType(FLOAT, lanes).as_pointer())
             builder.store(value, pointer, align=4)
 
-        _each_piece(builder, arguments[2], copy)
+        each_piece(builder, arguments[2], copy)
         return context.get_dummy_value()
 
     return types.void(types.int64, types.int64, types.int64, wide), codegen
 
 
-def _round(builder: ir.IRBuilder, value: Any, lanes: int) -> Any:
+def round_to_bfloat16(builder: ir.IRBuilder, value: Any, lanes: int) -> Any:
     """float32 to bfloat16 bits, to nearest even (NaN payloads aside, as torch does)."""
     kind = ir.VectorType(ir.IntType(32), lanes)
 
@@ -194,13 +194,13 @@ def narrow(typing_context, source, target, count, wide):  # noqa: ANN001, ANN201
     def codegen(context, builder, signature, arguments):  # noqa: ANN001, ANN202
         def copy(index: Any, lanes: int) -> None:
             start = builder.mul(index, ir.Constant(long, 4))
-            value = _load(builder, builder.add(arguments[0], start), lanes, True)
+            value = load(builder, builder.add(arguments[0], start), lanes, True)
             place = builder.add(arguments[1], builder.mul(index, ir.Constant(long, item)))
             pointer = builder.inttoptr(place, ir.VectorType(element, lanes).as_pointer())
-            stored = value if is_wide else _round(builder, value, lanes)
+            stored = value if is_wide else round_to_bfloat16(builder, value, lanes)
             builder.store(stored, pointer, align=item)
 
-        _each_piece(builder, arguments[2], copy)
+        each_piece(builder, arguments[2], copy)
         return context.get_dummy_value()
 
     return types.void(types.int64, types.int64, types.int64, wide), codegen

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from . import reference
+from . import experts, reference
 from .rows import Rows
 
 
@@ -42,6 +42,10 @@ class TorchOperators:
 
     def silu_mul(self, gate_up: Tensor) -> Tensor:
         return reference.silu_mul(gate_up)
+
+    def experts(self, x: Tensor, gate_up: Tensor, down: Tensor, routing: experts.Routing) -> Tensor:
+        """Each token through its experts [experts, out, in], weighed and summed."""
+        return experts.by_loop(x, gate_up, down, routing, self.silu_mul)
 
     def rope_append(
         self,

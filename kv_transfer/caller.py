@@ -11,16 +11,17 @@ import os
 import secrets
 import socket
 from collections import deque
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..engine.layout import KVLayout
 from ..engine.request import TransferAddress, WorkerId
 from . import handshake
+from .contact import Contact, drop_contact
 from .events import PeerRefused, TransferConfig
+from .fit import Fit, Held, holds_of
 from .handshake import CONTROL, DATA, TOKEN_BYTES, Hello, Received
-from .memory import KVMemory, PoolMemory
+from .memory import KVMemory
 from .messages import MalformedFrame
 from .shm import peer_pidfd, peer_uid
 from .tcp import SOCKET_BUFFER, prepare
@@ -29,37 +30,24 @@ from .ways import GROUP, NEIGHBOUR, ways_of
 if TYPE_CHECKING:  # torch comes with the first group only
     from torch._C._distributed_c10d import Store
 
-    from .device_memory import PeerDeviceMemory
+    from .contact import PeerMemory
     from .group import Group
 
-    PeerMemory = PoolMemory | PeerDeviceMemory
-
 _MAX_PENDING = 64  # calls being answered at once; more are hung up on
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Contact:
-    """An open connection to a peer that fits. `number` is this side's name for it."""
-
-    number: int
-    hello: Hello
-    sock: socket.socket
-    rest: bytes  # control bytes that came right behind the hello
-    data: socket.socket | None = None  # over TCP
-    group: Group | None = None  # over TCP, where one carries the payload
-    memory: PeerMemory | None = None  # a neighbour's pool, mapped here
-    pidfd: int = -1  # of a neighbour
 
 
 class Caller:
     """Listens and dials for one worker."""
 
     def __init__(
-        self, worker: WorkerId, layout: KVLayout, memory: KVMemory, config: TransferConfig
+        self, worker: WorkerId, held: Held, memory: KVMemory, config: TransferConfig
     ) -> None:
-        self._worker, self._layout, self._memory, self._config = worker, layout, memory, config
+        self._worker, self._held, self._memory, self._config = worker, held, memory, config
         self.ways = ways_of(config, memory.device)
         self._store: tuple[Store, int] | None = None  # and its port
+        # Of their own: two workers that call each other over many ranks would wait for ever for
+        # a thread of the loop's few.
+        self._meetings = ThreadPoolExecutor(_MAX_PENDING, thread_name_prefix="kv-meeting")
         self._numbers = 0
         self._latest: dict[str, int] = {}  # newest incarnation met, by name
         self._tokens: dict[bytes, asyncio.Future[socket.socket]] = {}
@@ -91,7 +79,13 @@ class Caller:
         for sock in self._listening:
             sock.listen(64)
             loop.add_reader(sock, self._pick_up, sock)
-        return TransferAddress(worker=self._worker, host_id=host_id(), shm=shm, tcp=tcp)
+        return TransferAddress(
+            worker=self._worker,
+            host_id=host_id(),
+            shm=shm,
+            tcp=tcp,
+            holds=holds_of(self._held.own),
+        )
 
     async def dial(self, peer: TransferAddress, transport: str) -> Contact:
         """Raises PeerRefused where it can never work, OSError or TimeoutError otherwise."""
@@ -125,6 +119,7 @@ class Caller:
             sock.close()
         self._listening.clear()
         self._store = None
+        self._meetings.shutdown(wait=False, cancel_futures=True)
         for task in list(self._answering):
             task.cancel()
         await asyncio.gather(*self._answering, return_exceptions=True)
@@ -145,7 +140,9 @@ class Caller:
         return Hello(
             worker=self._worker,
             wants=wants,
-            layout=self._layout,
+            layout=self._held.own.layout,
+            rank=self._held.rank,
+            holds=self._held.holds,
             pool_bytes=self._memory.num_bytes,
             canary_slot=number,
             checksum=self._config.checksum,
@@ -163,12 +160,12 @@ class Caller:
             hello = received.hello
             if hello.worker != peer.worker:
                 raise PeerRefused(f"{hello.worker} answered where {peer.worker} was expected")
-            self._check_fit(hello)
+            fit = self._fit(hello)
             if sock.family == socket.AF_UNIX:
-                return self._neighbour(number, sock, received)
+                return self._neighbour(number, sock, received, fit)
             data = await self._dial_data(peer, hello.token)
             host = _host_port(peer.tcp)[0]
-            return await self._joined(number, sock, received, data, hello.token, host)
+            return await self._joined(number, sock, received, fit, data, hello.token, host)
         finally:
             _drop(received)
 
@@ -189,6 +186,7 @@ class Caller:
         number: int,
         sock: socket.socket,
         received: Received,
+        fit: Fit,
         data: socket.socket,
         token: bytes,
         store_host: str | None,
@@ -204,7 +202,13 @@ class Caller:
                 raise
         self._latest[hello.worker.name] = hello.worker.incarnation
         return Contact(
-            number=number, hello=hello, sock=sock, rest=received.rest, data=data, group=group
+            number=number,
+            hello=hello,
+            fit=fit,
+            sock=sock,
+            rest=received.rest,
+            data=data,
+            group=group,
         )
 
     async def _open_group(self, hello: Hello, token: bytes, store_host: str | None) -> Group:
@@ -229,15 +233,21 @@ class Caller:
                 stall_s=config.lease_s,
             )
 
-        return await asyncio.to_thread(meet)
+        return await asyncio.get_running_loop().run_in_executor(self._meetings, meet)
 
-    def _neighbour(self, number: int, sock: socket.socket, received: Received) -> Contact:
+    def _neighbour(self, number: int, sock: socket.socket, received: Received, fit: Fit) -> Contact:
         hello = received.hello
         memory = self._map(received)
         pidfd = peer_pidfd(sock)
         self._latest[hello.worker.name] = hello.worker.incarnation
         return Contact(
-            number=number, hello=hello, sock=sock, rest=received.rest, memory=memory, pidfd=pidfd
+            number=number,
+            hello=hello,
+            fit=fit,
+            sock=sock,
+            rest=received.rest,
+            memory=memory,
+            pidfd=pidfd,
         )
 
     def _map(self, received: Received) -> PeerMemory:
@@ -249,13 +259,15 @@ class Caller:
         hello = received.hello
         return PeerDeviceMemory(hello.handle, hello.pool_bytes, self._memory.gpu)
 
-    def _check_fit(self, hello: Hello) -> None:
+    def _fit(self, hello: Hello) -> Fit:
         self.check_incarnation(hello.worker)
-        if differs := handshake.disagreement(self._layout, hello):
+        try:
+            return handshake.fit_of(self._held, hello)
+        except PeerRefused as error:
             raise PeerRefused(
-                f"KV of {hello.worker} does not fit {self._worker}: {differs}; "
-                "serve the same checkpoint with the same kv settings on both"
-            )
+                f"KV of {hello.worker} does not fit {self._worker}: {error}; serve the same "
+                "checkpoint in the same dtype on both, in block sizes that divide one another"
+            ) from None
 
     def _pick_up(self, listening: socket.socket) -> None:
         try:
@@ -302,13 +314,13 @@ class Caller:
         received = await handshake.hear(sock)
         try:
             try:
-                self._check_caller(sock, received.hello)
+                fit = self._check_caller(sock, received.hello)
             except PeerRefused as error:
                 await handshake.refuse(sock, str(error))
                 raise
             number = self._number()
             if sock.family == socket.AF_UNIX:
-                contact = self._neighbour(number, sock, received)
+                contact = self._neighbour(number, sock, received, fit)
                 try:
                     agreed = self._hello(number, received.hello.transport)
                     fd = self._memory.fd if agreed.transport == "shm" else None
@@ -317,13 +329,15 @@ class Caller:
                     drop_contact(contact)
                     raise
             else:
-                contact = await self._answer_tcp(number, sock, received)
+                contact = await self._answer_tcp(number, sock, received, fit)
             self.contacts.append(contact)
             self.answered.set()
         finally:
             _drop(received)
 
-    async def _answer_tcp(self, number: int, sock: socket.socket, received: Received) -> Contact:
+    async def _answer_tcp(
+        self, number: int, sock: socket.socket, received: Received, fit: Fit
+    ) -> Contact:
         prepare(sock)
         token = secrets.token_bytes(TOKEN_BYTES)
         waiting: asyncio.Future[socket.socket] = asyncio.get_running_loop().create_future()
@@ -334,9 +348,9 @@ class Caller:
             data = await waiting
         finally:
             self._tokens.pop(token, None)
-        return await self._joined(number, sock, received, data, token, None)
+        return await self._joined(number, sock, received, fit, data, token, None)
 
-    def _check_caller(self, sock: socket.socket, hello: Hello) -> None:
+    def _check_caller(self, sock: socket.socket, hello: Hello) -> Fit:
         if sock.family == socket.AF_UNIX and peer_uid(sock) != os.getuid():
             raise PeerRefused("another user's process; run both workers as one user")
         if hello.wants != self._worker:
@@ -350,7 +364,7 @@ class Caller:
                 f"{self._worker} takes KV by {' or '.join(self.ways)}, not by {hello.transport}; "
                 "set transfer.transport alike on both sides"
             )
-        self._check_fit(hello)
+        return self._fit(hello)
 
 
 def host_id() -> str:
@@ -371,17 +385,6 @@ def _host_port(address: str) -> tuple[str, int]:
     if not port.isdigit():
         raise PeerRefused(f"{address!r} is no host:port")
     return host, int(port)
-
-
-def drop_contact(contact: Contact) -> None:
-    """Hang up on a contact that nobody will use."""
-    contact.sock.close()
-    if contact.data is not None:
-        contact.data.close()
-    if contact.memory is not None:
-        contact.memory.close()
-    if contact.pidfd >= 0:
-        os.close(contact.pidfd)
 
 
 def _drop(received: Received) -> None:

@@ -46,12 +46,10 @@ class CollectiveWriter:
     piece_bytes = BUFFER_BYTES
     pending = False
 
-    def __init__(
-        self, name: str, mine: KVMemory, layout: KVLayout, group: Group, sock: socket.socket
-    ) -> None:
+    def __init__(self, name: str, words: Words, group: Group, sock: socket.socket) -> None:
         self.name = name
         self._group, self._sock = group, sock
-        self._words = _Words(mine, layout)
+        self._words = words
         self._buffers: list[Tensor | None] = [None] * _IN_FLIGHT
         self._sending: list[Transfer | None] = [None] * _IN_FLIGHT
         self._turn = 0
@@ -87,7 +85,8 @@ class CollectiveWriter:
         self._turn += 1
         buffer = self._buffer(slot)
         header = (push.lease, push.generation, push.first + first, count)
-        self._sock.sendall(_HEADER.pack(_MAGIC, _BLOCKS, layers.start, len(layers), *header))
+        layer = layers.start - self._words.first_layer
+        self._sock.sendall(_HEADER.pack(_MAGIC, _BLOCKS, layer, len(layers), *header))
         source = push.source[first : first + count]
         with self._reading, self._group.on_stream():
             if self._left:
@@ -134,16 +133,15 @@ class CollectiveReader:
         sock: socket.socket,
         group: Group,
         memory: KVMemory,
-        layout: KVLayout,
+        words: Words,
         table: ReceiverTable,
         pair: int,
         *,
         took: Callable[[list[Action]], None],
         broke: Callable[[str], None],
     ) -> None:
-        self._sock, self._group, self._memory, self._layout = sock, group, memory, layout
+        self._sock, self._group, self._memory, self._words = sock, group, memory, words
         self._table, self._pair, self._took, self._broke = table, pair, took, broke
-        self._words = _Words(memory, layout)
         self._loop = asyncio.get_running_loop()
         self._inbox = bytearray()
         self._announced: deque[_Frame] = deque()
@@ -192,7 +190,7 @@ class CollectiveReader:
                 return False
             self._memory.put_canary(first, bytes(self._inbox[_HEADER.size : end]))
         else:
-            if not layers or layer + layers > self._layout.num_layers:
+            if not layers or layer + layers > self._words.num_layers:
                 raise MalformedFrame(f"a frame of layers {layer} to {layer + layers}")
             size = layers * count * self._words.block_bytes
             if not 0 < size <= self._words.staging_bytes:
@@ -283,12 +281,15 @@ class CollectiveReader:
         return self._table.wrote(*lease, frame.first + start, count, self._loop.time())
 
 
-class _Words:
-    """A pool as `[layers, blocks, words]`, and staging buffers for parts of it."""
+class Words:
+    """A pool as `[layers, blocks, words]`, and staging buffers for parts of it. `layers` of a
+    gather are the pool's own; a scatter counts its `layer` from `first_layer`."""
+
+    first_layer = 0
 
     def __init__(self, memory: KVMemory, layout: KVLayout) -> None:
-        self.block_bytes = layout.block_bytes
-        self.staging_bytes = max(BUFFER_BYTES, layout.block_bytes)
+        self.num_layers = layout.num_layers
+        self._set_block(layout.block_bytes)
         word = torch.int64 if layout.block_bytes % 8 == 0 else torch.int32
         flat = memory.buffer
         if not isinstance(flat, Tensor):
@@ -300,7 +301,7 @@ class _Words:
         return torch.empty(num_words, dtype=self._pool.dtype, device=self._pool.device)
 
     def part(self, buffer: Tensor, layers: int, count: int) -> Tensor:  # [layers, count, words]
-        words = self._pool.shape[2]
+        words = self.block_bytes // self._pool.itemsize
         return buffer[: layers * count * words].view(layers, count, words)
 
     def gather(self, layers: range, blocks: Sequence[int], buffer: Tensor) -> Tensor:
@@ -313,6 +314,9 @@ class _Words:
 
     def scatter(self, payload: Tensor, layer: int, blocks: Sequence[int]) -> None:
         self._pool[layer].index_copy_(0, self._index(blocks), payload)
+
+    def _set_block(self, num_bytes: int) -> None:
+        self.block_bytes, self.staging_bytes = num_bytes, max(BUFFER_BYTES, num_bytes)
 
     def _index(self, blocks: Sequence[int]) -> Tensor:
         return torch.tensor(blocks, dtype=torch.int64).to(self._pool.device, non_blocking=True)

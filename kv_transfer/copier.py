@@ -8,9 +8,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from ..engine.layout import KVLayout
 from .layer_clock import LayerClock
 from .lease import Action
+from .window import Window
 
 WRITE_BYTES = 1 << 20  # a `piece_bytes` in which an abort waits for less than a millisecond
 
@@ -32,7 +32,8 @@ def runs(source: Sequence[int], target: Sequence[int]) -> list[Run]:
 
 @dataclass(kw_only=True, slots=True)
 class Push:
-    """Blocks `[first, first + len(source))` of a lease, each layer once the clock says so."""
+    """Units `[first, first + len(source))` of a lease, each layer once the clock says so: blocks,
+    where they are of one size on both sides. Layers are the sender's own."""
 
     lease: int
     generation: int
@@ -122,10 +123,10 @@ class Copier:
     WAIT_S = 1.0  # bound of every sleep, should a bell be missed
 
     def __init__(
-        self, writer: Writer, layout: KVLayout, tell: Callable[[str, int, int | None], None]
+        self, writer: Writer, window: Window, tell: Callable[[str, int, int | None], None]
     ) -> None:
         self._writer = writer
-        self._num_layers, self._block_bytes = layout.num_layers, layout.block_bytes
+        self._last_layer, self._unit_bytes = window.layers.stop, window.unit_bytes
         self._tell = tell
         self._inbox: deque[Push | Finish | Cancel] = deque()
         self._queues: dict[int, deque[Push | Finish]] = {}
@@ -194,7 +195,7 @@ class Copier:
                 self._done += len(self._queues.pop(lease))
                 self._tell("failed", lease, None)
                 return True
-            ready = min(item.clock.done, self._num_layers)
+            ready = min(item.clock.done, self._last_layer)
             if item.layer < ready:
                 self._write(item, ready)
                 return True
@@ -202,12 +203,12 @@ class Copier:
 
     def _write(self, push: Push, ready: int) -> None:
         """A layer, or several small ones: an abort never waits for more than that."""
-        count = max(1, self._writer.piece_bytes // (len(push.source) * self._block_bytes))
+        count = max(1, self._writer.piece_bytes // (len(push.source) * self._unit_bytes))
         layers = range(push.layer, min(push.layer + count, ready))
         self._writer.write(push, layers)
         push.layer = layers.stop
         self.moved.add(push.lease)
-        if push.layer == self._num_layers:
+        if push.layer == self._last_layer:
             queue = self._queues[push.lease]
             queue.popleft()
             if not queue:

@@ -17,7 +17,7 @@ from typing import Any
 from ..engine.layout import KVLayout
 from ..engine.request import TransferAddress, WorkerId
 from .copier import Cancel
-from .digest import block_checksum
+from .digest import checksum_of
 from .events import (
     Asked,
     Ended,
@@ -29,37 +29,35 @@ from .events import (
     Side,
     TransferConfig,
 )
+from .fit import LEG_BITS, Held, whole
 from .heart import Heart
 from .layer_clock import LayerClock
 from .lease import Action, Answered, Send, Start, Stop, Verify
+from .lease_messages import heard
 from .lease_receiver import ReceiverTable
 from .lease_sender import SenderTable
 from .memory import KVMemory
-from .messages import (
-    Abort,
-    Ask,
-    Beat,
-    Committed,
-    Discard,
-    Grant,
-    Message,
-    Refuse,
-    Sent,
-    check_blocks,
-)
+from .messages import Discard, Message
 from .outgoing import Outgoing
 from .pair import Life, Pair
 from .switchboard import Copied, Gone, Heard, Notice, Switchboard, Took
 
 _CLOSE_S = 1.0  # longest wait for peers when closing
+_LOW = (1 << 32) - 1
 
 
 class KVEndpoint:
     """One a worker: sends KV out of its pool and receives KV into it."""
 
     def __init__(
-        self, worker: WorkerId, layout: KVLayout, memory: KVMemory, config: TransferConfig
+        self,
+        worker: WorkerId,
+        layout: KVLayout,
+        memory: KVMemory,
+        config: TransferConfig,
+        held: Held | None = None,
     ) -> None:
+        """`held`: what the ranks of its worker hold; None for a worker of one."""
         assert memory.num_bytes == layout.num_bytes, "the pool is what the layout says"
         self.worker, self._layout, self._memory, self._config = worker, layout, memory, config
         self._senders = SenderTable(
@@ -68,7 +66,10 @@ class KVEndpoint:
         self._receivers = ReceiverTable(
             num_layers=layout.num_layers, block_bytes=layout.block_bytes, lease_s=config.lease_s
         )
-        self._board = Switchboard(worker, layout, memory, config, self._receivers, self._on_notice)
+        self._held = held or whole(layout)
+        self._board = Switchboard(
+            worker, self._held, memory, config, self._receivers, self._on_notice
+        )
         self._heart = Heart(config, self._senders, self._receivers, self._board, self._perform)
         self._numbers = itertools.count(1)
         self._asks: dict[int, asyncio.Future[bool]] = {}
@@ -99,16 +100,24 @@ class KVEndpoint:
         return (await self._board.reach(peer)).transport
 
     def new_lease(self) -> int:
-        """An id (uint64) of this incarnation's own, for `ask` and `park`."""
-        return zlib.crc32(str(self.worker).encode()) << 32 | next(self._numbers)
+        """An id (uint64) of this incarnation's own, for `ask` and `park`. Its last `LEG_BITS`
+        are zero, and it comes again after 2^24 leases."""
+        number = next(self._numbers) << LEG_BITS & _LOW
+        return zlib.crc32(str(self.worker).encode()) << 32 | number
 
     # Prefill
 
     async def ask(
-        self, peer: TransferAddress, lease: int, num_blocks: int, names: bytes = b""
+        self,
+        peer: TransferAddress,
+        lease: int,
+        num_blocks: int,
+        names: bytes = b"",
+        num_tokens: int | None = None,
     ) -> bool:
-        """Ask a decode worker for blocks to write. `names` tell it which of the first it may
-        hold already; `skipped` then says how many it does, and the lease is about the rest.
+        """Ask a decode worker for room for `num_blocks` of these blocks. `names` tell it which of
+        its first it may hold already; `skipped` then says how many of these it does, and the
+        lease is about the rest. `num_tokens`: of the KV, if it does not fill its last block.
 
         True: granted, and exactly one Ended follows. False: no room, or no answer within
         `answer_s`; the lease has not begun, and may be parked. Raises as `connect`.
@@ -116,11 +125,12 @@ class KVEndpoint:
         pair = await self._board.reach(peer)
         answer: asyncio.Future[bool] = self._loop.create_future()
         self._asks[lease] = answer
+        if num_tokens is None:
+            num_tokens = num_blocks * self._layout.block_size
         try:
-            now_s = self._loop.time()
-            self._perform(
-                self._senders.ask(pair.number, pair.peer, lease, num_blocks, now_s, names)
-            )
+            now_s, extent = self._loop.time(), pair.fit.out.extent
+            about = (pair.number, pair.peer, lease, num_blocks, now_s, names, num_tokens, extent)
+            self._perform(self._senders.ask(*about))
             async with asyncio.timeout(self._config.answer_s):
                 return await answer
         except asyncio.CancelledError:
@@ -200,6 +210,7 @@ class KVEndpoint:
                 pair.reader is not None,
                 self._loop.time(),
                 skip,
+                pair.fit.into.extent,
             )
         )
 
@@ -214,9 +225,12 @@ class KVEndpoint:
             return False
         self._check(blocks or ())
         target = None if blocks is None else tuple(blocks)
+        now_s, extent = self._loop.time(), pair.fit.into.extent
         writes_here = pair.reader is not None
-        actions = self._receivers.answer(asked, target, writes_here, self._loop.time(), skip)
+        actions = self._receivers.answer(asked, target, writes_here, now_s, skip, extent)
         self._perform(actions or [])
+        if actions and target is not None:
+            self._board.look_out(pair)
         return actions is not None
 
     def discard(self, peer: TransferAddress, lease: int) -> None:
@@ -250,7 +264,14 @@ class KVEndpoint:
 
     def pairs(self) -> tuple[PairStatus, ...]:
         """The peers as they stand."""
-        return tuple(self._status(pair) for pair in self._board.pairs.values())
+        senders, receivers = self._senders, self._receivers
+        return tuple(
+            pair.status(
+                live_leases=len(senders.on_pair(number)) + len(receivers.on_pair(number)),
+                quarantined_blocks=receivers.quarantined(number),
+            )
+            for number, pair in self._board.pairs.items()
+        )
 
     def counters(self) -> dict[str, int]:
         """How often messages were refused and connections failed, by name, since the start."""
@@ -286,32 +307,8 @@ class KVEndpoint:
                 self._on_copied(pair, what, lease, checksum)
 
     def _on_message(self, pair: Pair, message: Message) -> None:
-        now_s, number = self._loop.time(), pair.number
-        match message:
-            case Ask():
-                event = self._receivers.on_ask(number, pair.peer, message)
-                if event is not None:
-                    self._perform([event])
-            case Refuse():
-                self._perform(self._senders.on_refuse(number, message))
-            case Grant():
-                check_blocks(message, pair.hello.layout.num_blocks)
-                self._perform(self._senders.on_grant(number, pair.peer, message, now_s))
-            case Sent():
-                self._perform(self._receivers.on_sent(number, message, now_s))
-            case Committed():
-                self._perform(self._senders.on_committed(number, message, now_s))
-            case Discard():
-                self._perform(self._senders.on_discard(message))
-            case Abort() if message.from_sender:
-                self._perform(self._receivers.on_abort(number, message))
-            case Abort():
-                self._perform(self._senders.on_abort(number, message))
-            case Beat():
-                self._perform(self._receivers.on_beat(number, message, now_s))
-                self._perform(self._senders.on_beat(number, message))
-            case _:
-                raise AssertionError(f"{message} is the switchboard's")
+        now_s = self._loop.time()
+        self._perform(heard(pair, message, self._senders, self._receivers, now_s))
 
     def _on_copied(self, pair: Pair, what: str, lease: int, checksum: int | None) -> None:
         if what == "finished":
@@ -338,12 +335,15 @@ class KVEndpoint:
                 case Stop(number, lease):
                     self._stop(number, lease)
                 case Verify():
-                    self._verify(action)
+                    self._spawn(self._verify(action))
                 case Ended():
                     self._note(action)
-                    self._events.put_nowait(action)
+                    self._emit(action)
                 case Asked() | Released():
-                    self._events.put_nowait(action)
+                    self._emit(action)
+
+    def _emit(self, event: Asked | Ended | Released) -> None:
+        self._events.put_nowait(event)
 
     def _stop(self, number: int, lease: int) -> None:
         """Get the copier out of a lease; on a dying pair its thread's end says so for all."""
@@ -353,18 +353,18 @@ class KVEndpoint:
         elif pair.life is Life.OPEN:
             pair.copier.submit(Cancel(lease))
 
-    def _verify(self, action: Verify) -> None:
-        self._spawn(self._compare(action))
-
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         task = self._loop.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    async def _compare(self, action: Verify) -> None:
+    async def _verify(self, action: Verify) -> None:
         """Off the loop: it reads every byte."""
-        arguments = (self._memory, self._layout, action.blocks)
-        total = await asyncio.to_thread(block_checksum, *arguments)
+        pair = self._board.pairs.get(action.pair)
+        if pair is None:  # it ended, and the lease with it
+            return
+        arguments = (self._memory, pair.fit.into, action.units)
+        total = await asyncio.to_thread(checksum_of, *arguments)
         equal = total == action.checksum
         now_s = self._loop.time()
         self._perform(self._receivers.verified(action.lease, action.generation, equal, now_s))
@@ -380,17 +380,3 @@ class KVEndpoint:
             if pair.peer == ended.peer and pair.life is not Life.CLOSED:
                 pair.note(ended)
                 return
-
-    def _status(self, pair: Pair) -> PairStatus:
-        number = pair.number
-        return PairStatus(
-            peer=pair.peer,
-            transport=pair.transport,
-            ready=pair.is_ready,
-            num_bytes=pair.num_bytes,
-            transfers=pair.transfers,
-            failures=pair.failures,
-            exposed_s=pair.exposed_s,
-            live_leases=len(self._senders.on_pair(number)) + len(self._receivers.on_pair(number)),
-            quarantined_blocks=self._receivers.quarantined(number),
-        )

@@ -40,7 +40,7 @@ class TransferConfig:
     transport: str = "auto"  # auto, or one of TRANSPORTS
     lease_s: float = 10.0  # a granted lease without progress ends after this
     park_s: float = 60.0  # KV that nobody fetched is dropped after this
-    silence_s: float = 1.0  # a connected peer that says nothing this long is lost
+    silence_s: float = 1.0  # within it a connected peer that says nothing is lost
     answer_s: float = 1.0  # longest wait for the answer to `ask`, and for a handshake
     host: str = "127.0.0.1"  # where TCP listens, as peers reach it
     checksum: bool = False  # compare block contents before a commit; either side may ask for it
@@ -61,7 +61,7 @@ class Asked:
     """A prefill worker wants to write `num_blocks` blocks here. Settle it with `answer`."""
 
     peer: WorkerId
-    pair: int  # the connection it came by
+    pair: int  # the connection it came by; 0: several, for one lease
     attempt: int  # tells this ask from an earlier one for the same lease
     lease: int
     num_blocks: int

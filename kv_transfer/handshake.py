@@ -11,7 +11,6 @@ import asyncio
 import contextlib
 import os
 import socket
-import struct
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,14 +19,15 @@ import msgpack
 from ..engine.layout import KVLayout
 from ..engine.request import WorkerId
 from .events import PeerRefused
+from .fit import Fit, Held, Holds, held, meet
 from .memory import PoolMemory
-from .messages import MalformedFrame
+from .messages import HEAD, MalformedFrame, check_body, framed
 
-PROTOCOL = 2
+PROTOCOL = 4
 CONTROL, DATA = b"PWKC", b"PWKD"
 TOKEN_BYTES = 16
 _MAX_HELLO = 1 << 14
-_LENGTH = struct.Struct("<I")
+_WHOLE = ("num_layers", "num_kv_heads")
 _SHAPE = ("num_layers", "num_kv_heads", "block_size", "head_dim", "dtype", "fingerprint")
 
 
@@ -38,6 +38,8 @@ class Hello:
     worker: WorkerId
     wants: WorkerId | None  # whom the caller means to reach; None from the called one
     layout: KVLayout
+    rank: int  # of its worker's ranks
+    holds: tuple[Holds, ...]  # what each of them holds
     pool_bytes: int
     canary_slot: int  # where the peer shall write its canary
     checksum: bool
@@ -63,6 +65,8 @@ async def say(sock: socket.socket, hello: Hello, fd: int | None, preface: bytes 
         "worker": (hello.worker.name, hello.worker.incarnation),
         "wants": (hello.wants.name, hello.wants.incarnation) if hello.wants else None,
         "layout": layout,
+        "rank": hello.rank,
+        "holds": hello.holds,
         "pool_bytes": hello.pool_bytes,
         "canary_slot": hello.canary_slot,
         "checksum": hello.checksum,
@@ -89,15 +93,18 @@ async def hear(sock: socket.socket) -> Received:
     """The peer's hello. Raises PeerRefused, MalformedFrame or OSError; bound it in time."""
     data, fds = bytearray(), list[int]()
     try:
-        while len(data) < _LENGTH.size or len(data) < _LENGTH.size + _length(data):
+        while len(data) < HEAD.size or len(data) < HEAD.size + _head(data)[0]:
             await _readable(sock)
             more, passed, _, _ = socket.recv_fds(sock, _MAX_HELLO, 4)
             fds += passed
             if not more:
                 raise ConnectionResetError("closed in the handshake")
             data += more
-        end = _LENGTH.size + _length(data)
-        hello = _parse(bytes(data[_LENGTH.size : end]))
+        length, crc = _head(data)
+        end = HEAD.size + length
+        body = bytes(data[HEAD.size : end])
+        check_body(body, crc)
+        hello = _parse(body)
         fd = fds.pop(0) if fds else None
         return Received(hello=hello, fd=fd, rest=bytes(data[end:]))
     finally:
@@ -105,17 +112,20 @@ async def hear(sock: socket.socket) -> Received:
             os.close(fd)
 
 
-def disagreement(mine: KVLayout, hello: Hello) -> str:
-    """What keeps two pools from exchanging blocks, or nothing."""
-    theirs = hello.layout
-    parts = [
-        f"{name} is {getattr(mine, name)!r} here and {getattr(theirs, name)!r} there"
-        for name in _SHAPE
-        if getattr(mine, name) != getattr(theirs, name)
-    ]
-    if not parts and hello.pool_bytes != theirs.num_bytes:
-        parts.append(f"a pool of {hello.pool_bytes} bytes for a layout of {theirs.num_bytes}")
-    return "; ".join(parts)
+def fit_of(mine: Held, hello: Hello) -> Fit:
+    """How the two pools exchange blocks. Raises PeerRefused with what keeps them from it."""
+    if hello.pool_bytes != hello.layout.num_bytes:
+        raise PeerRefused(
+            f"a pool of {hello.pool_bytes} bytes for a layout of {hello.layout.num_bytes}"
+        )
+    try:
+        theirs = held(hello.rank, hello.holds, hello.layout)
+    except ValueError as error:
+        raise PeerRefused(str(error)) from None
+    for name, here, there in zip(_WHOLE, _sizes(mine.holds), _sizes(hello.holds), strict=True):
+        if here != there:
+            raise PeerRefused(f"{name} is {here} here and {there} there")
+    return meet(mine, theirs)
 
 
 async def read_exactly(sock: socket.socket, size: int) -> bytes:
@@ -140,14 +150,14 @@ def attach(received: Received) -> PoolMemory:
 def _framed(fields: dict[str, Any]) -> bytes:
     body = msgpack.packb(fields)
     assert body is not None, "a dictionary packs"
-    return _LENGTH.pack(len(body)) + body
+    return framed(body)
 
 
-def _length(data: bytearray) -> int:
-    (length,) = _LENGTH.unpack_from(data)
+def _head(data: bytearray) -> tuple[int, int]:
+    length, crc = HEAD.unpack_from(data)
     if length > _MAX_HELLO:
         raise MalformedFrame(f"a hello of {length} bytes")
-    return length
+    return length, crc
 
 
 def _parse(body: bytes) -> Hello:
@@ -161,6 +171,8 @@ def _parse(body: bytes) -> Hello:
             worker=_worker(fields["worker"]),
             wants=_worker(fields["wants"]) if fields["wants"] else None,
             layout=_layout(fields["layout"]),
+            rank=int(fields["rank"]),
+            holds=tuple(_holds(one) for one in fields["holds"]),
             pool_bytes=_positive(fields["pool_bytes"]),
             canary_slot=int(fields["canary_slot"]),
             checksum=bool(fields["checksum"]),
@@ -184,6 +196,16 @@ def _layout(fields: dict[str, Any]) -> KVLayout:
     numbers = ("num_layers", "num_blocks", "num_kv_heads", "block_size", "head_dim")
     sizes = {name: _positive(fields[name]) for name in numbers}
     return KVLayout(**sizes, dtype=str(fields["dtype"]), fingerprint=str(fields["fingerprint"]))
+
+
+def _holds(numbers: list[Any]) -> Holds:
+    first, stop, head, last = (int(number) for number in numbers)
+    return first, stop, head, last
+
+
+def _sizes(holds: tuple[Holds, ...]) -> tuple[int, int]:
+    """Layers and KV heads of the whole model."""
+    return max(one[1] for one in holds), max(one[3] for one in holds)
 
 
 def _positive(value: Any) -> int:

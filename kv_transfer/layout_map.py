@@ -2,7 +2,7 @@
 
 Each rank of a worker holds some layers and some KV heads of every block, its block ids are its
 worker's, and one side's block size divides the other's. What two ranks both hold is a `Route`;
-`spans` says which bytes of their pools that is, for the blocks of one prompt.
+its `windows` say which bytes of their pools that is.
 """
 
 from __future__ import annotations
@@ -10,10 +10,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
-from ..engine.layout import ITEM_BYTES, KVLayout
+from ..engine.layout import KVLayout
 from .events import PeerRefused
+from .window import Window
 
 _SAME = ("head_dim", "dtype", "fingerprint")
 
@@ -40,17 +39,6 @@ class Route:
     target: Part
     layers: range
     kv_heads: range
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Copy:
-    """So many bytes, from an offset of one rank's pool to an offset of another's."""
-
-    source_rank: int
-    source_offset: int
-    target_rank: int
-    target_offset: int
-    length: int
 
 
 def routes(sources: Sequence[Part], targets: Sequence[Part]) -> tuple[Route, ...]:
@@ -91,75 +79,25 @@ def check_layouts(source: KVLayout, target: KVLayout) -> None:
         )
 
 
-def spans(
-    route: Route, source_blocks: Sequence[int], target_blocks: Sequence[int], num_tokens: int
-) -> np.ndarray:  # int64 [copies, 3]
-    """(offset in the source's pool, in the target's, bytes) of a route's first layer.
-
-    Layer `i` of the route lies `i * layer_bytes` of its own pool further. Blocks are a prompt's,
-    in token order, from the same position on both sides. Neighbours on both sides are one copy;
-    positions past `num_tokens` move only within the last smaller block.
-    """
-    source, target = route.source.layout, route.target.layout
-    step = min(source.block_size, target.block_size)  # contiguous on both sides
-    starts = np.arange(0, num_tokens, step, dtype=np.int64)
-    here = _offsets(route.source, route, starts, source_blocks)
-    there = _offsets(route.target, route, starts, target_blocks)
-    order = np.argsort(here, kind="stable")
-    length = step * source.head_dim * ITEM_BYTES[source.dtype]
-    return _joined(here[order], there[order], length)
+def windows(route: Route) -> tuple[Window, Window]:
+    """What a route moves, in the source's pool and in the target's."""
+    sizes = route.source.layout.block_size, route.target.layout.block_size
+    source, target = (
+        Window(
+            layout=part.layout,
+            layers=_within(part.layers, route.layers),
+            heads=_within(part.kv_heads, route.kv_heads),
+            step=min(sizes),
+            is_cut=sizes[0] != sizes[1],
+        )
+        for part in (route.source, route.target)
+    )
+    return source, target
 
 
-def copies(
-    all_routes: Sequence[Route],
-    source_blocks: Sequence[int],
-    target_blocks: Sequence[int],
-    num_tokens: int,
-) -> list[Copy]:
-    """Every copy of a prompt's KV over all layers and ranks."""
-    found = []
-    for route in all_routes:
-        own = spans(route, source_blocks, target_blocks, num_tokens).tolist()
-        source, target = route.source.layout, route.target.layout
-        found += [
-            Copy(
-                source_rank=route.source.rank,
-                source_offset=layer * source.layer_bytes + here,
-                target_rank=route.target.rank,
-                target_offset=layer * target.layer_bytes + there,
-                length=length,
-            )
-            for layer in range(len(route.layers))
-            for here, there, length in own
-        ]
-    return found
-
-
-def _offsets(
-    part: Part, route: Route, starts: np.ndarray, blocks: Sequence[int]
-) -> np.ndarray:  # int64 [len(starts) * 2 * heads]
-    """Where in `part`'s pool each (position, key or value, head) of the first layer begins."""
-    layout = part.layout
-    row = layout.head_dim * ITEM_BYTES[layout.dtype]
-    head_bytes = layout.block_size * row
-    ids = np.asarray(blocks, dtype=np.int64)[starts // layout.block_size]
-    assert ids.size == 0 or (ids.min() >= 0 and ids.max() < layout.num_blocks)
-    base = ids * layout.block_bytes + starts % layout.block_size * row
-    sides = np.arange(2, dtype=np.int64) * layout.num_kv_heads * head_bytes
-    first = route.kv_heads.start - part.kv_heads.start
-    heads = (first + np.arange(len(route.kv_heads), dtype=np.int64)) * head_bytes
-    layer = (route.layers.start - part.layers.start) * layout.layer_bytes
-    return (layer + base[:, None, None] + sides[None, :, None] + heads[None, None, :]).reshape(-1)
-
-
-def _joined(here: np.ndarray, there: np.ndarray, length: int) -> np.ndarray:
-    """Copies of `length` bytes each, those that follow one another on both sides made one."""
-    if not len(here):
-        return np.empty((0, 3), dtype=np.int64)
-    follows = (np.diff(here) == length) & (np.diff(there) == length)
-    firsts = np.flatnonzero(np.concatenate(([True], ~follows)))
-    counts = np.diff(np.append(firsts, len(here)))
-    return np.stack((here[firsts], there[firsts], counts * length), axis=1)
+def _within(outer: range, inner: range) -> range:
+    """`inner`, counted from where `outer` begins."""
+    return range(inner.start - outer.start, inner.stop - outer.start)
 
 
 def _cuts(whole: range, others: Sequence[range]) -> list[range]:

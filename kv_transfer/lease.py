@@ -23,6 +23,26 @@ from .messages import Message
 
 
 @dataclass(frozen=True, slots=True)
+class Extent:
+    """How a lease is counted. A unit is as many positions as the smaller side's blocks have:
+    between blocks of one size it is a block."""
+
+    num_layers: int  # that move
+    unit_bytes: int  # of a unit in one layer, as far as it moves
+    mine: int = 1  # units in a block of this side
+    theirs: int = 1  # units in a block of the peer's
+    step: int = 0  # positions a unit; needed where the sizes differ only
+
+    @property
+    def is_cut(self) -> bool:
+        """Blocks are of different sizes: what a lease covers follows from its tokens."""
+        return self.mine != self.theirs
+
+    def units(self, num_tokens: int) -> int:
+        return -(-num_tokens // self.step)
+
+
+@dataclass(frozen=True, slots=True)
 class Send:
     """Tell the peer at the other end of `pair`."""
 
@@ -60,7 +80,7 @@ class Verify:
     pair: int
     lease: int
     generation: int
-    blocks: tuple[int, ...]
+    units: tuple[int, ...]  # blocks, where both sides' are of one size
     checksum: int
 
 

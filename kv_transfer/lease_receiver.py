@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from ..engine.request import WorkerId
 from .events import Asked, Ended, Outcome, Released, Side
-from .lease import Action, Send, Verify
+from .lease import Action, Extent, Send, Verify
 from .messages import (
     Abort,
     Ask,
@@ -41,11 +41,13 @@ class Receiving:
     attempt: int = 0
     generation: int = 0
     blocks: tuple[int, ...] = ()
+    units: tuple[int, ...] = ()  # of the blocks; once all is sent, those that are filled
     skip: int = 0  # blocks before these that were here already
+    extent: Extent
     fetched: bool = False
     digest: int = 0  # of the tokens whose KV was fetched
     writes_here: bool = False  # this process writes the blocks itself (TCP)
-    covered: list[int] | None = None  # blocks written, layer by layer; None: the sender counts
+    covered: list[int] | None = None  # units written, layer by layer; None: the sender counts
     deadline_s: float = 0.0
     begun_s: float = 0.0
     sent: Sent | None = None
@@ -55,8 +57,7 @@ class ReceiverTable:
     """Every lease this worker receives. `now_s` is any monotonic clock, the same in all calls."""
 
     def __init__(self, *, num_layers: int, block_bytes: int, lease_s: float) -> None:
-        self._num_layers = num_layers
-        self._block_bytes = block_bytes
+        self._whole = Extent(num_layers, block_bytes)  # between pools that are alike
         self._lease_s = lease_s
         self._leases: dict[int, Receiving] = {}
         self._generation = 0
@@ -77,8 +78,10 @@ class ReceiverTable:
         writes_here: bool,
         now_s: float,
         skip: int = 0,
+        extent: Extent | None = None,
     ) -> list[Action] | None:
-        """Settle an ask; None when the asker is gone, and the blocks were not taken."""
+        """Settle an ask; None when the asker is gone, and the blocks were not taken. `extent`:
+        what the pair moves, where that is not the whole of both pools."""
         entry = self._leases.get(asked.lease)
         if entry is None or entry.state is not State.ASKED:
             return None
@@ -88,7 +91,7 @@ class ReceiverTable:
             del self._leases[asked.lease]
             return [Send(asked.pair, Refuse(asked.lease, entry.attempt))]
         assert skip + len(blocks) == asked.num_blocks, "a grant is for what was asked"
-        entry.skip = skip
+        entry.skip, entry.extent = skip, extent or self._whole
         return self._grant(entry, blocks, writes_here, now_s)
 
     def fetch(
@@ -101,10 +104,13 @@ class ReceiverTable:
         writes_here: bool,
         now_s: float,
         skip: int = 0,
+        extent: Extent | None = None,
     ) -> list[Action]:
-        """Grant blocks for KV that is parked at the peer."""
+        """Grant blocks for KV that is parked at the peer. `extent` as for `answer`."""
         assert lease not in self._leases, "a lease is fetched once at a time"
-        entry = Receiving(lease=lease, pair=pair, peer=peer, state=State.ASKED)
+        entry = Receiving(
+            lease=lease, pair=pair, peer=peer, state=State.ASKED, extent=extent or self._whole
+        )
         entry.fetched, entry.digest, entry.skip = True, digest, skip
         self._leases[lease] = entry
         return self._grant(entry, blocks, writes_here, now_s)
@@ -125,18 +131,19 @@ class ReceiverTable:
     def begin_write(
         self, pair: int, lease: int, generation: int, layer: int, first: int, count: int
     ) -> tuple[int, ...] | None:
-        """The blocks to write, or None where the write is refused."""
+        """The units to write, or None where the write is refused. `layer` counts those that
+        move, `first` and `count` are in units."""
         entry = self._find(pair, lease, generation)
         if entry is None or entry.state is not State.GRANTED or entry.covered is None:
             self.refused["late write"] += 1
             return None
-        if layer >= self._num_layers or first + count > len(entry.blocks):
+        if layer >= entry.extent.num_layers or first + count > len(entry.units):
             self.refused["write out of range"] += 1
             return None
         if first > entry.covered[layer]:
             self.refused["write with a gap"] += 1
             return None
-        return entry.blocks[first : first + count]
+        return entry.units[first : first + count]
 
     def writable(self, pair: int, lease: int, generation: int) -> bool:
         """Whether a write that was begun may still go on."""
@@ -165,7 +172,9 @@ class ReceiverTable:
     def on_ask(self, pair: int, peer: WorkerId, message: Ask) -> Asked | Send | None:
         entry = self._leases.get(message.lease)
         if entry is None:
-            entry = Receiving(lease=message.lease, pair=pair, peer=peer, state=State.ASKED)
+            entry = Receiving(
+                lease=message.lease, pair=pair, peer=peer, state=State.ASKED, extent=self._whole
+            )
             entry.attempt = message.attempt
             self._leases[message.lease] = entry
             return Asked(
@@ -187,10 +196,11 @@ class ReceiverTable:
         if entry is None or entry.state is not State.GRANTED or entry.sent is not None:
             self.refused["late sent"] += 1
             return []
-        fault = self._fault(entry, message)
+        fault = _fault(entry, message)
         if fault:
             self.refused["wrong count or digest"] += 1
             return self.abort(entry.lease, Outcome.ABORTED, fault)
+        entry.units = entry.units[: message.num_units]
         entry.sent = message
         return self._settle(entry, now_s)
 
@@ -269,8 +279,11 @@ class ReceiverTable:
     ) -> list[Action]:
         self._generation += 1
         entry.state, entry.generation, entry.blocks = State.GRANTED, self._generation, blocks
-        entry.writes_here = writes_here
-        entry.covered = [0] * self._num_layers if writes_here else None
+        entry.writes_here, per_block = writes_here, entry.extent.mine
+        entry.units = blocks
+        if per_block > 1:
+            entry.units = tuple([b * per_block + i for b in blocks for i in range(per_block)])
+        entry.covered = [0] * entry.extent.num_layers if writes_here else None
         entry.begun_s, entry.deadline_s = now_s, now_s + self._lease_s
         packed = pack_blocks(blocks)
         grant = Grant(entry.lease, entry.generation, entry.attempt, packed, entry.skip)
@@ -282,27 +295,16 @@ class ReceiverTable:
             return None
         return entry
 
-    def _fault(self, entry: Receiving, message: Sent) -> str:
-        """What keeps a finished transfer from being committed, or nothing."""
-        if (message.num_blocks, message.num_layers) != (len(entry.blocks), self._num_layers):
-            return (
-                f"sent {message.num_blocks} blocks × {message.num_layers} layers, "
-                f"granted {len(entry.blocks)} × {self._num_layers}"
-            )
-        if entry.fetched and message.digest != entry.digest:
-            return "the KV is of other tokens than were fetched"
-        return ""
-
     def _settle(self, entry: Receiving, now_s: float) -> list[Action]:
         """Commit what is all here; over TCP the sender's word may overtake the last blocks."""
         message = entry.sent
         assert message is not None, "a commit follows the sender's word"
-        if entry.covered is not None and min(entry.covered) < len(entry.blocks):
+        if entry.covered is not None and min(entry.covered) < len(entry.units):
             return []
         if not message.has_checksum:
             return self._commit(entry, now_s)
         entry.state = State.VERIFYING
-        return [Verify(entry.pair, entry.lease, entry.generation, entry.blocks, message.checksum)]
+        return [Verify(entry.pair, entry.lease, entry.generation, entry.units, message.checksum)]
 
     def _commit(self, entry: Receiving, now_s: float) -> list[Action]:
         assert entry.sent is not None, "a commit follows the sender's word"
@@ -316,7 +318,7 @@ class ReceiverTable:
             blocks=entry.blocks,
             num_tokens=entry.sent.num_tokens,
             digest=entry.sent.digest,
-            num_bytes=len(entry.blocks) * self._num_layers * self._block_bytes,
+            num_bytes=len(entry.units) * entry.extent.num_layers * entry.extent.unit_bytes,
             seconds=now_s - entry.begun_s,
             exposed_s=entry.sent.exposed_s,
         )
@@ -343,6 +345,28 @@ class ReceiverTable:
             del self._leases[entry.lease]
             actions.append(Released(lease=entry.lease, blocks=entry.blocks))
         return actions
+
+
+def _fault(entry: Receiving, message: Sent) -> str:
+    """What keeps a finished transfer from being committed, or nothing."""
+    num_layers, num_units = entry.extent.num_layers, _expected(entry, message.num_tokens)
+    if (message.num_units, message.num_layers) != (num_units, num_layers):
+        return (
+            f"sent {message.num_units} blocks × {message.num_layers} layers, "
+            f"granted {num_units} × {num_layers}"
+        )
+    if entry.fetched and message.digest != entry.digest:
+        return "the KV is of other tokens than were fetched"
+    return ""
+
+
+def _expected(entry: Receiving, num_tokens: int) -> int:
+    """Units that fill what was granted: larger blocks than the sender's end half filled."""
+    extent = entry.extent
+    if extent.mine == 1:
+        return len(entry.units)
+    wanted = extent.units(num_tokens) - entry.skip * extent.mine
+    return wanted if -(-wanted // extent.mine) == len(entry.blocks) else -1
 
 
 def _concerns(message: Abort, entry: Receiving) -> bool:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import enum
 from collections import Counter
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 
 from ..engine.request import WorkerId
 from .events import Ended, Outcome, Side
-from .lease import Action, Answered, Send, Start, Stop
+from .lease import Action, Answered, Extent, Send, Start, Stop
 from .messages import (
     Abort,
     Ask,
@@ -47,6 +48,9 @@ class Sending:
     target: tuple[int, ...] = ()  # the receiver's blocks
     skip: int = 0  # blocks of the KV that the receiver holds already, before the lease's own
     source: list[int] = field(default_factory=list)  # ours, as far as pushed
+    extent: Extent  # how it is counted, once granted
+    num_units: int = 0  # that go, once granted
+    lead: int = 0  # units of the first block before them: the receiver holds these, too
     num_tokens: int = 0
     digest: int = 0
     begun_s: float = 0.0
@@ -60,7 +64,7 @@ class SenderTable:
     """Every lease this worker sends. `now_s` is any monotonic clock, the same in all calls."""
 
     def __init__(self, *, num_layers: int, lease_s: float, park_s: float) -> None:
-        self._num_layers = num_layers
+        self._whole = Extent(num_layers, 0)  # between pools that are alike
         self._lease_s = lease_s
         self._park_s = park_s
         self._leases: dict[int, Sending] = {}
@@ -84,8 +88,13 @@ class SenderTable:
         num_blocks: int,
         now_s: float,
         names: bytes = b"",
+        num_tokens: int = 0,
+        extent: Extent | None = None,
     ) -> list[Action]:
+        """`extent`: what the pair moves, where that is not the whole of both pools; then the
+        KV's `num_tokens` say how many of the receiver's blocks hold it."""
         assert lease not in self._leases, "a lease is asked for once at a time"
+        extent = extent or self._whole
         self._attempts += 1
         self._leases[lease] = Sending(
             lease=lease,
@@ -95,7 +104,11 @@ class SenderTable:
             pair=pair,
             peer=peer,
             attempt=self._attempts,
+            num_tokens=num_tokens,
+            extent=extent,
         )
+        if extent.is_cut:
+            num_blocks = -(-extent.units(num_tokens) // extent.theirs)
         return [Send(pair, Ask(lease, self._attempts, num_blocks, names))]
 
     def withdraw(self, lease: int) -> list[Action]:
@@ -118,7 +131,16 @@ class SenderTable:
             source=blocks,
             num_tokens=num_tokens,
             digest=digest,
+            extent=self._whole,
         )
+
+    def fork(self, lease: int, legs: Sequence[int]) -> None:
+        """What was parked waits under the ids of its legs, each to be fetched by itself."""
+        entry = self._leases.pop(lease)
+        assert entry.state is State.PARKED, "only what waits is forked"
+        for leg in legs:
+            assert leg not in self._leases, "a leg is forked once"
+            self._leases[leg] = replace(entry, lease=leg, source=list(entry.source))
 
     def push(self, lease: int, blocks: list[int], first: int, now_s: float) -> Sending | None:
         """Note `blocks` as the lease's `[first, ...)`; None when the lease is over already."""
@@ -152,8 +174,8 @@ class SenderTable:
         return Sent(
             entry.lease,
             entry.generation,
-            entry.num_blocks,
-            self._num_layers,
+            entry.num_units,
+            entry.extent.num_layers,
             entry.num_tokens,
             entry.digest,
             checksum is not None,
@@ -183,7 +205,15 @@ class SenderTable:
 
     # What the peer says
 
-    def on_grant(self, pair: int, peer: WorkerId, message: Grant, now_s: float) -> list[Action]:
+    def on_grant(
+        self,
+        pair: int,
+        peer: WorkerId,
+        message: Grant,
+        now_s: float,
+        extent: Extent | None = None,
+    ) -> list[Action]:
+        """`extent` as for `ask`."""
         entry = self._leases.get(message.lease)
         fresh = message.generation > self._seen.get(pair, 0)
         self._see(pair, message.generation)
@@ -191,15 +221,20 @@ class SenderTable:
             self.refused["stale grant"] += 1
             return []
         target = unpack_blocks(message.blocks)
-        num_covered = message.skip + len(target)
-        if entry is None or not _answers(entry, pair, message) or num_covered != entry.num_blocks:
+        extent = extent or self._whole
+        num_units = 0
+        if entry is not None and _answers(entry, pair, message):
+            num_units = _covered(entry, extent, message.skip, len(target))
+        if entry is None or num_units <= 0:
             self.refused["grant of nothing"] += 1
             reason = "not held here" if entry is None else f"not {entry.num_blocks} blocks, or held"
             return [Send(pair, _disown(message.lease, message.generation, reason))]
         was_parked = entry.state is State.PARKED
         entry.pair, entry.peer, entry.target = pair, peer, target
-        entry.num_blocks, entry.skip = len(target), message.skip
-        entry.source = entry.source[message.skip :]
+        entry.extent, entry.num_units = extent, num_units
+        entry.skip, entry.lead = divmod(message.skip * extent.theirs, extent.mine)
+        entry.num_blocks -= entry.skip
+        entry.source = entry.source[entry.skip :]
         entry.generation, entry.state = message.generation, State.GRANTED
         entry.begun_s, entry.deadline_s = now_s, now_s + self._lease_s
         return [Start(entry.lease) if was_parked else Answered(entry.lease, True)]
@@ -332,6 +367,16 @@ def _answers(entry: Sending, pair: int, message: Grant) -> bool:
         return message.attempt == 0
     asked = (entry.pair, entry.attempt) == (pair, message.attempt)
     return entry.state is State.ASKED and asked
+
+
+def _covered(entry: Sending, extent: Extent, skip: int, count: int) -> int:
+    """Units behind the receiver's `skip` blocks, if `count` more of its blocks hold all the KV;
+    else 0."""
+    num_units, num_blocks = entry.num_blocks, entry.num_blocks
+    if extent.is_cut:
+        num_units = extent.units(entry.num_tokens)
+        num_blocks = -(-num_units // extent.theirs)
+    return num_units - skip * extent.theirs if skip + count == num_blocks else 0
 
 
 def _abort(entry: Sending, outcome: Outcome, reason: str, *, drained: bool) -> Abort:

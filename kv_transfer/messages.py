@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+import zlib
 from array import array
 from collections.abc import Callable
 from dataclasses import dataclass, fields
@@ -13,7 +14,7 @@ import msgpack
 from .events import Outcome
 
 MAX_FRAME = 1 << 20  # bytes of one control frame; a grant of 200,000 blocks still fits
-_LENGTH = struct.Struct("<I")
+HEAD = struct.Struct("<II")  # before every frame: bytes of its body, and their CRC-32
 _TYPES: dict[str, type] = {"int": int, "bool": bool, "str": str, "float": float, "bytes": bytes}
 
 
@@ -27,9 +28,9 @@ class LostFraming(MalformedFrame):
 
 @dataclass(frozen=True, slots=True)
 class Ask:
-    """Sender: grant me `num_blocks` blocks. `attempt` tells one ask for a lease from the next.
-    `names` are what the first blocks are known as, for a receiver that holds some of them; they
-    mean nothing here."""
+    """Sender: grant me `num_blocks` of your blocks. `attempt` tells one ask for a lease from the
+    next. `names` are what the first blocks are known as, for a receiver that holds some of
+    them; they mean nothing here."""
 
     lease: int
     attempt: int
@@ -64,7 +65,7 @@ class Sent:
 
     lease: int
     generation: int
-    num_blocks: int
+    num_units: int  # as `lease.Extent` counts them
     num_layers: int
     num_tokens: int
     digest: int
@@ -194,13 +195,24 @@ def unpack_leases(packed: bytes) -> set[tuple[int, int]]:
     return set(zip(numbers[::2], numbers[1::2], strict=True))
 
 
+def framed(body: bytes) -> bytes:
+    """With its head. TCP's own checksum is of 16 bits, and ends at whatever stands in between."""
+    return HEAD.pack(len(body), zlib.crc32(body)) + body
+
+
+def check_body(body: bytes, crc: int) -> None:
+    """Raises MalformedFrame for a body that is not the one its head was made for."""
+    if zlib.crc32(body) != crc:
+        raise MalformedFrame("a frame was changed on its way")
+
+
 def encode(message: Message) -> bytes:
-    """A length-prefixed frame."""
+    """A frame."""
     kind = type(message)
     body = _pack((_NUMBER[kind], *_VALUES[kind](message)))
     if len(body) > MAX_FRAME:
         raise MalformedFrame(f"frame of {len(body)} bytes; at most {MAX_FRAME} go")
-    return _LENGTH.pack(len(body)) + body
+    return framed(body)
 
 
 def decode(body: bytes | memoryview) -> Message:
@@ -229,15 +241,16 @@ def split(buffer: bytearray) -> list[Message]:
     messages: list[Message] = []
     start = 0
     try:
-        while len(buffer) - start >= _LENGTH.size:
-            (length,) = _LENGTH.unpack_from(buffer, start)
+        while len(buffer) - start >= HEAD.size:
+            length, crc = HEAD.unpack_from(buffer, start)
             if length > MAX_FRAME:
                 raise LostFraming(f"frame of {length} bytes; at most {MAX_FRAME} are taken")
-            end = start + _LENGTH.size + length
+            end = start + HEAD.size + length
             if len(buffer) < end:
                 break
-            body = bytes(buffer[start + _LENGTH.size : end])
+            body = bytes(buffer[start + HEAD.size : end])
             start = end
+            check_body(body, crc)
             messages.append(decode(body))
     finally:
         del buffer[:start]

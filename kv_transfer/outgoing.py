@@ -7,8 +7,9 @@ from functools import partial
 
 from ..engine.layout import KVLayout
 from .copier import Finish, Push
-from .digest import block_checksum
+from .digest import checksum_of
 from .events import TransferConfig
+from .fit import Way
 from .layer_clock import LayerClock, finished_clock
 from .lease_sender import SenderTable, Sending
 from .memory import KVMemory
@@ -56,32 +57,35 @@ class Outgoing:
         self._clocks.pop(lease, None)
 
     def _is_small(self, entry: Sending) -> bool:
-        size = entry.num_blocks * self._layout.num_layers * self._layout.block_bytes
-        return size <= self._small_bytes
+        extent = entry.extent
+        return entry.num_units * extent.num_layers * extent.unit_bytes <= self._small_bytes
 
     def _submit(self, entry: Sending, first: int, count: int, clock: LayerClock) -> None:
         """Have blocks written: at once if they are few and computed, else by the copier."""
         pair = self._pair_of(entry)
         if pair is None:
             return
-        last = first + count
+        first, source, target = _units(entry, pair.fit.out, first, count)
+        if not source:  # the receiver holds all of it
+            return
+        layers = pair.fit.out.mine.layers
         push = Push(
             lease=entry.lease,
             generation=entry.generation,
             first=first,
-            source=tuple(entry.source[first:last]),
-            target=entry.target[first:last],
+            source=source,
+            target=target,
             clock=clock,
+            layer=layers.start,
         )
-        num_layers = self._layout.num_layers
-        entry.num_bytes += count * num_layers * self._layout.block_bytes
-        computed = clock.done >= num_layers
+        entry.num_bytes += len(source) * len(layers) * entry.extent.unit_bytes
+        computed = clock.done >= layers.stop
         at_once = computed and pair.copier.idle and pair.writer.immediate
         if not (self._is_small(entry) and at_once):
             pair.copier.submit(push)
             return
         try:
-            pair.writer.write_now(push, range(num_layers))
+            pair.writer.write_now(push, layers)
         except OSError as error:
             self._board.fault(pair, f"cannot write: {error}")
 
@@ -93,9 +97,14 @@ class Outgoing:
         wanted = self._checksum or pair.hello.checksum
         if pair.copier.idle and not pair.writer.pending and not wanted:
             self.finished(pair, entry.lease, None)
+            self._board.look_out(pair)
             return
-        checksum = partial(block_checksum, self._memory, self._layout) if wanted else None
-        pair.copier.submit(Finish(entry.lease, tuple(entry.source), checksum))
+        if not wanted:
+            pair.copier.submit(Finish(entry.lease, (), None))
+            return
+        _, units, _ = _units(entry, pair.fit.out, 0, len(entry.source))
+        checksum = partial(checksum_of, self._memory, pair.fit.out)
+        pair.copier.submit(Finish(entry.lease, units, checksum))
 
     def finished(self, pair: Pair, lease: int, checksum: int | None) -> None:
         entry = self._senders.get(lease)
@@ -118,3 +127,16 @@ class Outgoing:
         """The open pair of a lease; a dying one ends its leases by itself."""
         pair = self._board.pairs.get(entry.pair) if entry.pair is not None else None
         return pair if pair is not None and pair.life is Life.OPEN else None
+
+
+def _units(
+    entry: Sending, way: Way, first: int, count: int
+) -> tuple[int, tuple[int, ...], tuple[int, ...]]:
+    """The lease's blocks `[first, first + count)` as units: from which on, here and there."""
+    last = first + count
+    if not entry.extent.is_cut:
+        return first, tuple(entry.source[first:last]), entry.target[first:last]
+    ahead = first * entry.extent.mine - entry.lead
+    begin, end = max(0, ahead), min(entry.num_units, last * entry.extent.mine - entry.lead)
+    source = way.mine.units(entry.source[first:last])[begin - ahead : end - ahead]
+    return begin, source, way.theirs.units(entry.target)[begin:end]

@@ -8,13 +8,16 @@ import enum
 import os
 import select
 import socket
+import time
 from dataclasses import dataclass, field
 
 from ..engine.request import WorkerId
 from .copier import Copier, Reader, Writer
-from .events import Ended, Outcome
+from .events import Ended, Outcome, PairStatus
+from .fit import Fit
 from .handshake import Hello
 from .messages import Message, encode, split
+from .vigil import Vigil
 
 _READ_BYTES = 1 << 16
 _MAX_OUTBOX = 4 << 20  # a peer that reads nothing while this much gathers is given up
@@ -32,6 +35,7 @@ class Pair:
 
     number: int
     hello: Hello
+    fit: Fit  # what either side sends the other
     sock: socket.socket  # control
     data: socket.socket | None  # TCP payload, or announcements of a group's
     pidfd: int  # -1 over TCP
@@ -44,6 +48,8 @@ class Pair:
     life: Life = Life.OPEN
     inbox: bytearray = field(default_factory=bytearray)
     outbox: bytearray = field(default_factory=bytearray)
+    vigil: Vigil = field(default_factory=Vigil)
+    poll: select.poll = field(default_factory=select.poll)  # of both sockets
     reached: bool = False  # the peer saw our canary
     expected: bytes | None = None  # the peer's canary, until it is seen
     answered: bool = False  # we saw the peer's
@@ -54,6 +60,10 @@ class Pair:
     transfers: int = 0
     failures: int = 0
     exposed_s: float = 0.0
+
+    def __post_init__(self) -> None:
+        for sock in filter(None, (self.sock, self.data)):
+            self.poll.register(sock, select.POLLIN)
 
     @property
     def peer(self) -> WorkerId:
@@ -75,6 +85,34 @@ class Pair:
         self.transfers += 1
         self.num_bytes += ended.num_bytes
         self.exposed_s += ended.exposed_s
+
+    def status(self, *, live_leases: int, quarantined_blocks: int) -> PairStatus:
+        """As it stands; the counts are the lease tables'."""
+        return PairStatus(
+            peer=self.peer,
+            transport=self.transport,
+            ready=self.is_ready,
+            num_bytes=self.num_bytes,
+            transfers=self.transfers,
+            failures=self.failures,
+            exposed_s=self.exposed_s,
+            live_leases=live_leases,
+            quarantined_blocks=quarantined_blocks,
+        )
+
+    def heard(self, now_s: float) -> None:
+        """The peer said something on the control connection."""
+        self.heard_s = now_s
+        self.vigil.heard(now_s)
+
+    def wait_for_word(self, until_s: float) -> list[int]:
+        """Its sockets, by descriptor, on which something came before `until_s`: none at the end.
+        Awake all the time, but behind whoever else wants this core."""
+        while time.monotonic() < until_s:
+            if ready := self.poll.poll(0):
+                return [fd for fd, _ in ready]
+            os.sched_yield()
+        return []
 
     def read(self) -> list[Message]:
         """What has arrived. Raises MalformedFrame, OSError at the end of the connection."""

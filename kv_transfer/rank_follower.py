@@ -10,13 +10,22 @@ from typing import Any
 
 from ..engine.layout import KVLayout
 from ..engine.request import WorkerId
-from .endpoint import KVEndpoint
 from .events import Asked, PeerRefused, PeerUnavailable, TransferConfig
+from .fit import LEG_MASK, Held
 from .layer_clock import LayerClock, finished_clock
 from .memory import KVMemory
 from .messages import Grant, Message
 from .pair import Pair
-from .rank_wire import pack_address, pack_event, receive, send, unpack_address, unpack_event
+from .rank_endpoint import RankEndpoint
+from .rank_wire import (
+    pack_address,
+    pack_event,
+    receive,
+    send,
+    unpack_address,
+    unpack_event,
+    unpack_legs,
+)
 
 EARLY_S = 1.0
 _KEPT_STEPS = 4  # clocks of steps that are over, for pushes on their way
@@ -48,30 +57,38 @@ class StepClocks:
             return self._clocks.setdefault(step, LayerClock(step, self._mark))
 
 
-class FollowerEndpoint(KVEndpoint):
+class FollowerEndpoint(RankEndpoint):
     """A follower's own. A peer may fetch what the leader has parked before the leader's word for
     it is here: a grant of an unknown lease waits `EARLY_S` for it."""
 
     def __init__(
-        self, worker: WorkerId, layout: KVLayout, memory: KVMemory, config: TransferConfig
+        self,
+        worker: WorkerId,
+        layout: KVLayout,
+        memory: KVMemory,
+        config: TransferConfig,
+        held: Held,
     ) -> None:
-        super().__init__(worker, layout, memory, config)
-        self._early: dict[int, tuple[Pair, Grant]] = {}
+        super().__init__(worker, layout, memory, config, held)
+        self._early: dict[int, list[tuple[Pair, Grant]]] = {}
 
     def park(self, lease: int, blocks: Sequence[int], num_tokens: int, digest: int) -> None:
         super().park(lease, blocks, num_tokens, digest)
         self._settle(lease)
 
     def _on_message(self, pair: Pair, message: Message) -> None:
-        if isinstance(message, Grant) and self._senders.get(message.lease) is None:
-            self._early[message.lease] = (pair, message)
-            self._loop.call_later(EARLY_S, self._settle, message.lease)
+        if isinstance(message, Grant) and not self._is_known(message.lease):
+            lease = message.lease & ~LEG_MASK
+            self._early.setdefault(lease, []).append((pair, message))
+            self._loop.call_later(EARLY_S, self._settle, lease)
         else:
             super()._on_message(pair, message)
 
+    def _is_known(self, leg: int) -> bool:
+        return any(self._senders.get(lease) is not None for lease in (leg, leg & ~LEG_MASK))
+
     def _settle(self, lease: int) -> None:
-        early = self._early.pop(lease, None)
-        if early is not None:
+        for early in self._early.pop(lease, ()):
             super()._on_message(*early)
 
 
@@ -106,20 +123,18 @@ class RankFollower:
     def _do(self, number: int, name: str, arguments: list[Any]) -> None:
         endpoint = self._endpoint
         match name, arguments:
-            case "connect", [peer]:
-                self._spawn(self._reply(number, endpoint.connect, unpack_address(peer)))
-            case "ask", [peer, lease, num_blocks, names]:
-                asked_of = (unpack_address(peer), lease, num_blocks, names)
-                task = self._spawn(self._reply(number, endpoint.ask, *asked_of))
+            case "connect", [peers]:
+                addresses = [unpack_address(peer) for peer in peers]
+                self._spawn(self._reply(number, endpoint.connect_to, addresses))
+            case "ask", [legs, lease, *about]:
+                asked_of = (unpack_legs(legs), lease, *about)
+                task = self._spawn(self._reply(number, endpoint.ask_legs, *asked_of))
                 self._asks[lease] = task
                 task.add_done_callback(lambda _: self._asks.pop(lease, None))
-            case "grant", [peer, lease, blocks, digest, skip]:
-                granted = (unpack_address(peer), lease, blocks, digest, skip)
-                self._spawn(self._reply(number, endpoint.grant, *granted))
+            case "grant", [legs, *about]:
+                self._spawn(self._reply(number, endpoint.grant_legs, unpack_legs(legs), *about))
             case "push", [lease, blocks, first, step]:
                 endpoint.push(lease, blocks, first, self._clocks.of(step))
-            case "discard", [peer, lease]:
-                endpoint.discard(unpack_address(peer), lease)
             case "answer", [[kind, asked], blocks, skip]:
                 event = unpack_event(kind, asked)
                 assert isinstance(event, Asked)

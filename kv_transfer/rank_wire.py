@@ -7,15 +7,17 @@ from __future__ import annotations
 
 import asyncio
 import struct
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
 import msgpack
 
 from ..engine.request import TransferAddress, WorkerId
+from .courses import Leg
 from .events import Asked, Ended, Outcome, Released, Side
+from .lease_parts import Event
 
-Event = Asked | Ended | Released
 _LENGTH = struct.Struct("<I")
 _EVENTS: dict[str, type[Event]] = {kind.__name__: kind for kind in (Asked, Ended, Released)}
 
@@ -46,10 +48,19 @@ def unpack_event(name: str, fields: dict[str, Any]) -> Event:
     return _EVENTS[name](**fields)
 
 
+def pack_legs(legs: Sequence[Leg]) -> list[Any]:
+    return [[leg, pack_address(address)] for leg, address in legs]
+
+
+def unpack_legs(packed: list[Any]) -> list[Leg]:
+    return [(leg, unpack_address(address)) for leg, address in packed]
+
+
 def pack_address(address: TransferAddress) -> dict[str, Any]:
     return asdict(address)
 
 
 def unpack_address(fields: dict[str, Any]) -> TransferAddress:
     ranks = tuple(unpack_address(rank) for rank in fields.pop("ranks"))
-    return TransferAddress(**(fields | {"worker": WorkerId(**fields["worker"]), "ranks": ranks}))
+    worker, holds = WorkerId(**fields["worker"]), tuple(fields["holds"])
+    return TransferAddress(**(fields | {"worker": worker, "ranks": ranks, "holds": holds}))

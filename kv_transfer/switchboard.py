@@ -14,12 +14,13 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from ..engine.layout import KVLayout
 from ..engine.request import TransferAddress, WorkerId
 from .breaker import Breaker
-from .caller import Caller, Contact, drop_contact, host_id
+from .caller import Caller, host_id
+from .contact import Contact, drop_contact
 from .copier import Copier
 from .events import PeerRefused, PeerUnavailable, TransferConfig
+from .fit import Held
 from .lease import Action
 from .lease_receiver import ReceiverTable
 from .memory import CANARY_SLOT_BYTES, KVMemory
@@ -72,16 +73,18 @@ class Switchboard:
     def __init__(
         self,
         worker: WorkerId,
-        layout: KVLayout,
+        held: Held,
         memory: KVMemory,
         config: TransferConfig,
         table: ReceiverTable,
         notify: Callable[[Notice], None],
     ) -> None:
-        self._layout, self._memory, self._config = layout, memory, config
+        self._memory, self._config = memory, config
         self._table, self._notify = table, notify
-        self._caller = Caller(worker, layout, memory, config)
-        self._transports = Transports(layout, memory, table, lambda done: notify(Took(done)))
+        self._caller = Caller(worker, held, memory, config)
+        self._transports = Transports(
+            held.own.layout, memory, table, lambda done: notify(Took(done))
+        )
         self._lane = Lane(config.pace_bytes_per_s) if config.pace_bytes_per_s else None
         self._calls: dict[WorkerId, asyncio.Task[Pair]] = {}
         self._breakers: dict[WorkerId, Breaker] = {}
@@ -122,6 +125,11 @@ class Switchboard:
         except OSError as error:
             self._loop.remove_writer(pair.sock)
             self.fault(pair, f"cannot send: {error}")
+
+    def look_out(self, pair: Pair) -> None:
+        """The peer is about to answer what was just sent: see `Vigil`."""
+        if (until_s := pair.vigil.begin(self._loop.time())) is not None:
+            self._loop.call_soon(self._look_out, pair, until_s)
 
     def fault(self, pair: Pair, reason: str) -> None:
         """Use the pair no more. It is closed when both sides' copiers are out."""
@@ -242,8 +250,9 @@ class Switchboard:
 
     def _make(self, contact: Contact) -> Pair:
         writer, reader = self._transports.join(contact, self._broke)
+        out = contact.fit.out.mine
         if self._lane is not None:
-            writer = PacedWriter(writer, self._lane, self._layout.block_bytes)
+            writer = PacedWriter(writer, self._lane, out.unit_bytes)
 
         def tell(what: str, lease: int, checksum: int | None) -> None:
             with contextlib.suppress(RuntimeError):  # the loop was closed without `close`
@@ -252,11 +261,12 @@ class Switchboard:
         pair = Pair(
             number=contact.number,
             hello=contact.hello,
+            fit=contact.fit,
             sock=contact.sock,
             data=contact.data,
             pidfd=contact.pidfd,
             writer=writer,
-            copier=Copier(writer, self._layout, tell),
+            copier=Copier(writer, out, tell),
             reader=reader,
             pattern=secrets.token_bytes(CANARY_SLOT_BYTES),
             heard_s=self._loop.time(),
@@ -291,6 +301,14 @@ class Switchboard:
         if pair.is_ready and not pair.ready.done():
             pair.ready.set_result(None)
 
+    def _look_out(self, pair: Pair, until_s: float) -> None:
+        while pair.life is Life.OPEN and (ready := pair.wait_for_word(until_s)):
+            if pair.data is not None and pair.data.fileno() in ready:
+                self._on_data(pair)
+            if pair.sock.fileno() in ready:
+                self._on_control(pair)
+                return
+
     def _on_control(self, pair: Pair) -> None:
         if pair.life is Life.CLOSED:
             return
@@ -304,7 +322,7 @@ class Switchboard:
             self.fault(pair, str(error))
             self._learn(pair)
             return
-        pair.heard_s = self._loop.time()
+        pair.heard(self._loop.time())
         try:
             for message in messages:
                 self._on_message(pair, message)

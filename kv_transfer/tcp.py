@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import socket
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..engine.layout import KVLayout
@@ -22,6 +23,7 @@ _MAGIC = 0x50574B56
 _CANARY = 0xFFFFFFFF  # as a layer: the payload is a canary for slot `first`
 _MAX_PIECES = 512  # buffers a system call takes (IOV_MAX is 1024)
 READ_BYTES = 2 << 20  # read at most this much in one turn of the loop: under a millisecond
+LOW_WATER = 512 << 10  # of a large frame so much is read at once; well below SOCKET_BUFFER
 SOCKET_BUFFER = 4 << 20
 
 
@@ -75,15 +77,16 @@ class TcpWriter:
 
     def _frame(self, push: Push, layer: int) -> list[memoryview]:
         """A layer's blocks with their header, as pieces to send."""
-        header = _HEADER.pack(
-            _MAGIC, layer, push.lease, push.generation, push.first, len(push.source)
-        )
-        pieces = [memoryview(header)]
+        pieces = [self._header(push, layer)]
         size, start = self._layout.block_bytes, self._layout.offset(layer, 0)
         for block, _, count in push.runs:
             at = start + block * size
             pieces.append(self._buffer[at : at + count * size])
         return pieces
+
+    def _header(self, push: Push, layer: int) -> memoryview:
+        head = (layer, push.lease, push.generation, push.first, len(push.source))
+        return memoryview(_HEADER.pack(_MAGIC, *head))
 
     def _send(self, pieces: list[memoryview]) -> None:
         while pieces:
@@ -130,10 +133,12 @@ class TcpReader:
     ) -> None:
         self._sock, self._memory, self._layout = sock, memory, layout
         self._table, self._pair = table, pair
+        self._unit_bytes, self._num_units = layout.block_bytes, layout.num_blocks
         self._head = memoryview(bytearray(_HEADER.size))
         self._head_left = self._head
         self._frame: _Frame | None = None
         self._scrap = memoryview(bytearray(1 << 16))
+        self._low_water = 1
         self.canaries = 0  # arrived
 
     def read(self, now_s: float) -> list[Action]:
@@ -153,7 +158,16 @@ class TcpReader:
             actions += self._took(done, now_s)
             if done < wanted:
                 break
+        self._wake_at(1 if self._frame is None else min(self._frame.size, LOW_WATER))
         return actions
+
+    def _wake_at(self, num_bytes: int) -> None:
+        """Have the loop woken when so many bytes are here, or the connection is over. Of a frame
+        that is on its way they are sure to come; woken for every segment, the loop would spend
+        more time in turning than in reading."""
+        if num_bytes != self._low_water:
+            self._low_water = num_bytes
+            self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, num_bytes)
 
     def close(self) -> None:
         """Nothing is read any more: the socket is the writer's."""
@@ -200,20 +214,24 @@ class TcpReader:
                 raise MalformedFrame("a canary of another size")
             slot = self._memory.canary(first)
             return _Frame(layer, 0, 0, first, 0, [slot], len(slot), False)
-        if not 0 < count <= self._layout.num_blocks:
+        if not 0 < count <= self._num_units:
             raise MalformedFrame(f"a frame of {count} blocks")
-        size = self._layout.block_bytes
-        total = count * size
+        total = count * self._unit_bytes
         blocks = self._table.begin_write(self._pair, lease, generation, layer, first, count)
         if blocks is None:
             scraps = self._scraps(total)
             return _Frame(layer, lease, generation, first, count, scraps, total, False)
-        start = self._layout.offset(layer, 0)
+        views = self._places(layer, blocks)
+        return _Frame(layer, lease, generation, first, count, views, total, True)
+
+    def _places(self, layer: int, blocks: Sequence[int]) -> list[memoryview]:
+        """Where blocks of a layer stand here, neighbours as one."""
+        size, start = self._layout.block_bytes, self._layout.offset(layer, 0)
         views = []
         for block, _, number in runs(blocks, blocks):
             at = start + block * size
             views.append(self._memory.buffer[at : at + number * size])
-        return _Frame(layer, lease, generation, first, count, views, total, True)
+        return views
 
     def _complete(self, frame: _Frame, now_s: float) -> list[Action]:
         if frame.layer == _CANARY:

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from ..engine.layout import KVLayout
-from .caller import Contact
+from .contact import Contact
 from .copier import Reader, Writer
+from .fit import Way
 from .lease import Action
 from .lease_receiver import ReceiverTable
 from .memory import KVMemory, PoolMemory
+from .resharded import ReshardedShmWriter, ReshardedTcpReader, ReshardedTcpWriter
 from .shm import ShmWriter
 from .tcp import TcpReader, TcpWriter
+
+if TYPE_CHECKING:  # torch comes with the first group only
+    from .collective import Words
 
 Broke = Callable[[int, str], None]
 
@@ -36,35 +43,61 @@ class Transports:
         assert contact.data is not None, "a contact has one way or the other"
         if contact.group is not None:
             return self._join_group(contact, broke)
-        assert isinstance(self._memory, PoolMemory), "a GPU's worker does not take tcp"
-        mine = (self._memory, self._layout)
-        reader = TcpReader(contact.data, *mine, self._table, contact.number)
-        return TcpWriter(*mine, contact.data), reader
+        return self._join_tcp(contact, contact.data)
 
     def _join_neighbour(self, contact: Contact) -> Writer:
-        theirs, layout = contact.memory, contact.hello.layout
+        theirs, layout, out = contact.memory, contact.hello.layout, contact.fit.out
         if isinstance(theirs, PoolMemory):
             assert isinstance(self._memory, PoolMemory), "a GPU's worker does not take shm"
+            if not out.is_plain:
+                return ReshardedShmWriter(self._memory, theirs, out)
             return ShmWriter(self._memory, self._layout, theirs, layout)
-        from .cuda_ipc import CudaIpcWriter
         from .device_memory import DeviceMemory
 
         assert isinstance(self._memory, DeviceMemory) and theirs is not None, "a GPU's neighbour"
+        if not out.is_plain:
+            from .resharded_group import ReshardedCudaIpcWriter
+
+            return ReshardedCudaIpcWriter(self._memory, theirs, out)
+        from .cuda_ipc import CudaIpcWriter
+
         return CudaIpcWriter(self._memory, self._layout, theirs, layout)
+
+    def _join_tcp(self, contact: Contact, data: socket.socket) -> tuple[Writer, Reader]:
+        assert isinstance(self._memory, PoolMemory), "a GPU's worker does not take tcp"
+        mine, table, number = self._memory, self._table, contact.number
+        out, into = contact.fit.out, contact.fit.into
+        if into.is_plain:
+            reader = TcpReader(data, mine, self._layout, table, number)
+        else:
+            reader = ReshardedTcpReader(data, mine, table, number, into.mine)
+        if out.is_plain:
+            return TcpWriter(mine, self._layout, data), reader
+        return ReshardedTcpWriter(mine, data, out.mine), reader
+
+    def _words(self, way: Way) -> Words:
+        from .collective import Words
+
+        if way.is_plain:
+            return Words(self._memory, self._layout)
+        from .resharded_group import WindowWords
+
+        return WindowWords(self._memory, way.mine)
 
     def _join_group(self, contact: Contact, broke: Broke) -> tuple[Writer, Reader | None]:
         from .collective import CollectiveReader, CollectiveWriter  # torch comes with the first
 
         assert contact.data is not None and contact.group is not None, "both stand"
-        mine, number = (self._memory, self._layout), contact.number
+        number, fit = contact.number, contact.fit
         reader = CollectiveReader(
             contact.data,
             contact.group,
-            *mine,
+            self._memory,
+            self._words(fit.into),
             self._table,
             number,
             took=self._took,
             broke=lambda reason: broke(number, reason),
         )
         name = contact.hello.transport
-        return CollectiveWriter(name, *mine, contact.group, contact.data), reader
+        return CollectiveWriter(name, self._words(fit.out), contact.group, contact.data), reader

@@ -2,10 +2,12 @@
 
 ```json
 {"format": "phasewise-calibration/1", "origin": "measured 2026-11-21 on two shared cores",
- "admit_ms": 1.1, "report_ms": 0.6, "handoff_ms": 1.4, "step_ms": 0.2, "detect_ms": 0,
- "transfer_bytes_per_s": 2.1e9, "transfer_latency_ms": 0.3}
+ "admit_ms": 1.1, "report_ms": 0.6, "handoff_ms": 1.4, "step_ms": 0.2, "row_ms": 0.02,
+ "prompt_ms": 1.5, "detect_ms": 0, "prompt_share": 0.1, "cores": 2, "serve_ms": 0.5,
+ "serve_row_ms": 0.1, "transfer_bytes_per_s": 2.1e9, "transfer_latency_ms": 0.3}
 ```
-All but `format` may be left out: 0, and transfers for free.
+All but `format` may be left out: 0, and transfers for free. `deployment.Overheads` says what each
+is; `calibration_fit` finds them.
 """
 
 from __future__ import annotations
@@ -21,7 +23,9 @@ from .network import Network
 from .transfer import Link
 
 FORMAT = "phasewise-calibration/1"
-OVERHEADS = ("admit_ms", "report_ms", "handoff_ms", "step_ms", "detect_ms")
+TIMES = ("admit", "report", "handoff", "step", "row", "prompt", "detect", "serve", "serve_row")
+OVERHEADS = tuple(f"{name}_ms" for name in TIMES)
+PLAIN = ("prompt_share", "cores")
 TRANSFER = ("transfer_bytes_per_s", "transfer_latency_ms")
 
 
@@ -40,22 +44,32 @@ def read_calibration(path: str | Path) -> Calibration:
         raise InvalidConfig(str(path), f"cannot be read: {error}", "give a JSON file") from error
     if not isinstance(document, dict) or document.get("format") != FORMAT:
         raise InvalidConfig(str(path), f"not of format {FORMAT}", "see placement/calibration.py")
-    unknown = document.keys() - {"format", "origin", *OVERHEADS, *TRANSFER}
+    unknown = document.keys() - {"format", "origin", *OVERHEADS, *PLAIN, *TRANSFER}
     if unknown:
-        known = ", ".join((*OVERHEADS, *TRANSFER))
+        known = ", ".join((*OVERHEADS, *PLAIN, *TRANSFER))
         raise InvalidConfig(f"{path}: {min(unknown)}", "unknown key", f"known are {known}")
     seconds = {
         key.removesuffix("_ms") + "_s": _number(path, document, key) / 1e3 for key in OVERHEADS
     }
+    prompt_share = _number(path, document, "prompt_share")
+    cores = int(_number(path, document, "cores"))
     bytes_per_s = _number(path, document, "transfer_bytes_per_s")
     latency_s = _number(path, document, "transfer_latency_ms") / 1e3
     link = Link(bytes_per_s=bytes_per_s or float("inf"), latency_s=latency_s)
     told = any(key in document for key in TRANSFER)
     return Calibration(
-        overheads=Overheads(**seconds),
+        overheads=Overheads(**seconds, prompt_share=prompt_share, cores=cores),
         network=Network(local=link, remote=link) if told else None,
         origin=str(document.get("origin", "origin not stated")),
     )
+
+
+def write_calibration(overheads: Overheads, origin: str, path: str | Path) -> None:
+    """Of a cluster whose transfers are priced elsewhere, or in its handoffs."""
+    seconds = {key: getattr(overheads, key.removesuffix("_ms") + "_s") * 1e3 for key in OVERHEADS}
+    plain = {key: getattr(overheads, key) for key in PLAIN}
+    document = {"format": FORMAT, "origin": origin, **seconds, **plain}
+    Path(path).write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
 
 
 def _number(path: str | Path, document: dict[str, Any], key: str) -> float:

@@ -40,6 +40,12 @@ class Overheads:
     report_s: float = 0.0  # from a sampled token until the client has it
     handoff_s: float = 0.0  # from prefill's end until the decode worker is told to go on
     step_s: float = 0.0  # host work a step, beside the model's own time
+    row_s: float = 0.0  # and a decoding row of it
+    prompt_s: float = 0.0  # and a prompt of it: its grant, its transfer, its handoff
+    prompt_share: float = 0.0  # of steps with prompts: what sending their KV meanwhile adds
+    cores: int = 0  # that workers share with the gateway and its clients; 0: these have their own
+    serve_s: float = 0.0  # core time that these spend on a step's tokens; where a core is idle, it
+    serve_row_s: float = 0.0  # is spent there, else on those of the workers. And a row of the step
     detect_s: float = 0.0  # from a worker's death until its requests go elsewhere
 
 

@@ -130,7 +130,9 @@ class PhaseLatency:
 
     def total_s(self, features: StepFeatures) -> float:
         """From the start of a step to its output: the sum over stages."""
-        return sum(stage.batch_s(features) for stage in self.stages)
+        if len(self.stages) == 1:
+            return self.stages[0].batch_s(features)
+        return sum([stage.batch_s(features) for stage in self.stages])
 
     def interval_s(self, features: StepFeatures) -> float:
         """Between equal batches that follow each other closely: the slowest stage."""

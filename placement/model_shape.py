@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from ..engine.errors import InvalidConfig, UnsupportedModel
+from ..engine.layout import SCALE_BYTES
 
 DTYPE_BYTES = {"float32": 4.0, "float16": 2.0, "bfloat16": 2.0}
 UNGATED = ("opt", "bloom", "gpt2", "gpt_neox", "phi", "falcon")  # two MLP matrices, not three
@@ -89,6 +90,17 @@ class ModelShape:
     def kv_bytes_per_token(self) -> float:
         """Keys and values of all layers, of the KV heads only."""
         return 2 * self.num_layers * self.num_kv_heads * self.head_dim * self.kv_item_bytes
+
+    def served_as(self, dtype: str, kv_dtype: str) -> ModelShape:
+        """In the dtypes of a cluster file; auto leaves the checkpoint's. FP8 has a byte of scale
+        for each position and head."""
+        shape = self
+        if dtype != "auto":
+            item = DTYPE_BYTES[dtype]
+            shape = replace(shape, weight_bytes=item, kv_item_bytes=item)
+        if kv_dtype != "auto":
+            shape = replace(shape, kv_item_bytes=1 + SCALE_BYTES / self.head_dim)
+        return shape
 
     def touched_experts(self, num_tokens: float) -> float:
         """Experts a layer reads for so many tokens, each choosing at random."""

@@ -7,12 +7,12 @@ A transfer is a fluid: while a prompt's layers are computed it flows no faster t
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
+from heapq import heapify, heappop, heappush
 from math import inf
-from typing import Any
+from typing import Any, NamedTuple
 
-from .agenda import Agenda
+from .agenda import Action, Agenda
 from .transfer import Link
 
 FREE = Link(bytes_per_s=inf)
@@ -51,21 +51,29 @@ class Flow:
         "ports",
         "rate",
         "turn",
+        "width",
     )
 
-    def __init__(
-        self, ports: tuple[Port, ...], latency_s: float, done: Callable[[float, Any], None]
-    ) -> None:
-        self.ports = ports
-        self.latency_s = latency_s
+    def __init__(self, route: Route, done: Action, argument: Any) -> None:
+        self.ports = route.ports
+        self.width = route.bytes_per_s
+        self.latency_s = route.latency_s
         self.done = done
-        self.argument: Any = None
+        self.argument = argument
         self.active = False  # bytes are on their way
         self.left = 0.0
         self.cap = inf
         self.rate = 0.0
         self.closing = False  # no more bytes will be added
         self.turn = 0  # events of an earlier turn are stale
+
+
+class Route(NamedTuple):
+    """Between two workers."""
+
+    ports: tuple[Port, ...]
+    bytes_per_s: float  # of the narrowest
+    latency_s: float
 
 
 class Flows:
@@ -75,63 +83,80 @@ class Flows:
         self.network = network
         self._agenda = agenda
         self._active: list[Flow] = []  # with bytes left
+        self._later: list[tuple[float, int, Flow, float, float]] = []  # heap of bytes to come
+        self._serial = 0
         self._since_s = 0.0  # rates hold since
         self._ports: dict[tuple[str, str], Port] = {}
+        self._routes: dict[tuple[str, str], Route] = {}
 
     def open(
         self,
         source: tuple[str, str, int],
         target: tuple[str, str, int],
-        done: Callable[[float, Any], None],
+        done: Action,
         argument: Any,
     ) -> Flow:
         """A transfer without bytes yet between (name, node, devices); `done(now, argument)`
         is called once it is closed and all its bytes have arrived."""
+        key = source[0], target[0]
+        route = self._routes.get(key)
+        if route is None:
+            route = self._routes[key] = self._route(source, target)
+        return Flow(route, done, argument)
+
+    def add(self, flow: Flow, num_bytes: float, now_s: float) -> None:
+        """More bytes are there to send, as fast as the links carry them."""
+        if flow.ports:
+            self._pass(now_s)
+            self._add(flow, num_bytes, 0.0, now_s)
+
+    def add_later(self, flow: Flow, num_bytes: float, pace_s: float, when_s: float) -> None:
+        """From `when_s` on more bytes come, so slowly that with those that wait they take `pace_s`,
+        or until it is uncapped or closed, which must not be before `when_s`."""
+        self._serial += 1
+        heappush(self._later, (when_s, self._serial, flow, num_bytes, pace_s))
+
+    def uncap(self, flow: Flow, now_s: float) -> None:
+        """All that was added is there: the links alone limit it now."""
+        self._pass(now_s)
+        flow.cap = inf
+        if flow.active:
+            self._share(now_s)
+
+    def close(self, flow: Flow, now_s: float) -> None:
+        """All that was added is there, and nothing more will be."""
+        if flow.ports:
+            self._pass(now_s)
+        flow.cap = inf
+        flow.closing = True
+        if flow.active:
+            self._share(now_s)
+        else:
+            flow.turn += 1
+            self._agenda.at(now_s + flow.latency_s, self._arrived, (flow, flow.turn))
+
+    def cancel(self, flow: Flow, now_s: float) -> None:
+        """Give the transfer up; `done` is not called."""
+        self._pass(now_s)
+        self._later = [item for item in self._later if item[2] is not flow]
+        heapify(self._later)
+        flow.turn += 1
+        flow.closing = False
+        if flow.active:
+            self._stop(flow)
+            self._share(now_s)
+
+    def _route(self, source: tuple[str, str, int], target: tuple[str, str, int]) -> Route:
         local = source[1] == target[1]
         link = self.network.local if local else self.network.remote
-        ports = []
+        ports: list[Port] = []
         for (name, node, devices), way in ((source, "out"), (target, "in")):
             capacity = link.bytes_per_s * devices
             self._add_port(ports, (name, f"{way} {'local' if local else 'remote'}"), capacity)
             if not local:
                 self._add_port(ports, (node, f"node {way}"), self.network.node_bytes_per_s)
-        flow = Flow(tuple(ports), link.latency_s, done)
-        flow.argument = argument
-        return flow
-
-    def add(self, flow: Flow, num_bytes: float, cap: float, now_s: float) -> None:
-        """More bytes are there to send; until the cap is changed, at this rate at most."""
-        if not flow.ports:
-            return
-        self._pass(now_s)
-        if not flow.active:
-            flow.active = True
-            self._active.append(flow)
-        flow.left += num_bytes
-        flow.cap = cap
-        self._share(now_s)
-
-    def uncap(self, flow: Flow, now_s: float) -> None:
-        """All that was added is there: the links alone limit it now."""
-        flow.cap = inf
-        if flow.active:
-            self._pass(now_s)
-            self._share(now_s)
-
-    def close(self, flow: Flow, now_s: float) -> None:
-        """Nothing more will be added."""
-        flow.closing = True
-        if not flow.active:
-            self._end(flow, now_s)
-
-    def cancel(self, flow: Flow, now_s: float) -> None:
-        """Give the transfer up; `done` is not called."""
-        flow.turn += 1
-        flow.closing = False
-        if flow.active:
-            self._pass(now_s)
-            self._stop(flow)
-            self._share(now_s)
+        width = min([port.bytes_per_s for port in ports], default=inf)
+        return Route(tuple(ports), width, link.latency_s)
 
     def _add_port(self, ports: list[Port], key: tuple[str, str], capacity: float) -> None:
         if capacity == inf:
@@ -141,23 +166,45 @@ class Flows:
             port = self._ports[key] = Port(capacity)
         ports.append(port)
 
+    def _add(self, flow: Flow, num_bytes: float, pace_s: float, now_s: float) -> None:
+        if not flow.active:
+            flow.active = True
+            self._active.append(flow)
+        flow.left += num_bytes
+        flow.cap = flow.left / pace_s if pace_s else inf
+        self._share(now_s)
+
     def _pass(self, now_s: float) -> None:
+        """Time goes by, and what was to come by now has come."""
+        later = self._later
+        while later and later[0][0] <= now_s:
+            when_s, _, flow, num_bytes, pace_s = heappop(later)
+            self._send(when_s)
+            self._add(flow, num_bytes, pace_s, when_s)
+        self._send(now_s)
+
+    def _send(self, now_s: float) -> None:
         """Time goes by at the present rates."""
         elapsed_s = now_s - self._since_s
         self._since_s = now_s
         for flow in self._active:
-            flow.left = max(0.0, flow.left - flow.rate * elapsed_s)
+            left = flow.left - flow.rate * elapsed_s
+            flow.left = left if left > 0.0 else 0.0
 
     def _share(self, now_s: float) -> None:
-        """New rates, and when each transfer runs out of bytes at them."""
+        """New rates, and when each transfer runs out of bytes at them. One that is alone makes
+        room for nobody by running out, so that is of interest only once it is closed."""
         active = self._active
         if not active:
             return
         if len(active) == 1:
             flow = active[0]
-            rates = [min(flow.cap, *[port.bytes_per_s for port in flow.ports])]
-        else:
-            rates = fair_rates([(flow.ports, flow.cap) for flow in active])
+            flow.rate = flow.cap if flow.cap < flow.width else flow.width
+            flow.turn += 1
+            if flow.closing:
+                self._agenda.at(now_s + flow.left / flow.rate, self._drained, (flow, flow.turn))
+            return
+        rates = fair_rates([(flow.ports, flow.cap) for flow in active])
         for flow, rate in zip(active, rates, strict=True):
             flow.rate = rate
             flow.turn += 1
@@ -168,20 +215,23 @@ class Flows:
         if flow.turn != turn:
             return
         self._pass(now_s)
+        if flow.turn != turn:  # others began meanwhile
+            return
         assert flow.left <= flow.rate * (ROUNDING + 1e-12 * now_s), flow.left
         self._stop(flow)
-        if flow.closing:
-            self._end(flow, now_s)
         self._share(now_s)
+        if not flow.closing:
+            return
+        flow.turn += 1
+        if flow.latency_s:
+            self._agenda.at(now_s + flow.latency_s, self._arrived, (flow, flow.turn))
+        else:
+            flow.done(now_s, flow.argument)
 
     def _stop(self, flow: Flow) -> None:
         flow.left = 0.0
         flow.active = False
         self._active.remove(flow)
-
-    def _end(self, flow: Flow, now_s: float) -> None:
-        flow.turn += 1
-        self._agenda.at(now_s + flow.latency_s, self._arrived, (flow, flow.turn))
 
     def _arrived(self, now_s: float, ended: tuple[Flow, int]) -> None:
         flow, turn = ended

@@ -5,31 +5,25 @@ The live cluster and its digital twin both take these from here.
 
 from __future__ import annotations
 
-from dataclasses import replace
-
-from ..configs.schema import ModelConfig, PacedConfig
+from ..configs.schema import KVConfig, ModelConfig, PacedConfig
 from .hardware import read_hardware
 from .latency import LatencySource
-from .model_shape import DTYPE_BYTES, ModelShape, read_shape
+from .model_shape import ModelShape, read_shape
 from .roofline import RooflineLatency
 from .step_profile import read_profile
 
 
-def paced_shape(model: ModelConfig, paced: PacedConfig) -> ModelShape:
-    """In `model.dtype`, unless that is auto. Raises InvalidConfig, UnsupportedModel."""
-    shape = read_shape(paced.model or model.path)
-    if model.dtype == "auto":
-        return shape
-    item = DTYPE_BYTES[model.dtype]
-    return replace(shape, kv_item_bytes=item, weight_bytes=item)
+def paced_shape(model: ModelConfig, kv: KVConfig, paced: PacedConfig) -> ModelShape:
+    """In `model.dtype` and `kv.dtype`. Raises InvalidConfig, UnsupportedModel."""
+    return read_shape(paced.model or model.path).served_as(model.dtype, kv.dtype)
 
 
-def paced_source(model: ModelConfig, paced: PacedConfig) -> LatencySource:
+def paced_source(model: ModelConfig, kv: KVConfig, paced: PacedConfig) -> LatencySource:
     """The profile where one is given, else the hardware sheet with the model's shape.
 
     Raises InvalidConfig for files that cannot be read and for another model's profile.
     """
-    shape = paced_shape(model, paced)
+    shape = paced_shape(model, kv, paced)
     if paced.profile is None:
         return RooflineLatency(shape=shape, hardware=read_hardware(paced.hardware))
     profile = read_profile(paced.profile)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 
 import numpy as np
 
@@ -14,6 +15,8 @@ from .inventory import Bundle
 from .problem import Problem
 from .search import Report, Search
 from .verify import Verified, nothing, verify
+
+SEARCHES = 3  # each with more asked than the one before
 
 
 class Infeasible(PhasewiseError):
@@ -54,19 +57,7 @@ def make_plan(problem: Problem, report: Report) -> Plan:
     if not problem.shapes:
         raise _fits_nowhere(problem)
     parse_compare(problem)  # a wrong word is said before the search, not after it
-    search = Search(problem, report)
-    ranked = search.run()
-    if not ranked:
-        raise _why_not(problem, search)
-    kinds: dict[bool, Verified] = {}
-    for colocated in (False, True):
-        found = _first_verified(
-            problem, [j for j in ranked if (j.placement.prefill is None) == colocated], report
-        )
-        if found is not None:
-            kinds[colocated] = found
-    if not kinds:
-        raise _why_not(problem, search)
+    search, ranked, kinds = _searched(problem, report)
     compared = _compared(problem, search, report)
     if compared is not None and _better(problem, compared, kinds):
         kinds[compared.judged.placement.prefill is None] = compared
@@ -92,16 +83,56 @@ def make_plan(problem: Problem, report: Report) -> Plan:
     )
 
 
-def _first_verified(problem: Problem, ranked: Sequence[Judged], report: Report) -> Verified | None:
-    """The best of the finalists in simulation; for a given rate the first that carries it."""
-    passed: list[Verified] = []
-    for judged in ranked[: problem.config.search.finalists]:
-        found = verify(problem, judged, report)
-        if _merit(problem, found)[0] > float("-inf"):
-            passed.append(found)
-            if problem.rate_rps is not None:
-                break
-    return max(passed, key=lambda found: _merit(problem, found), default=None)
+def _searched(
+    problem: Problem, report: Report
+) -> tuple[Search, Sequence[Judged], dict[bool, Verified]]:
+    """The search, what it ranked, and the best of each kind, colocated or not. Where recurrences
+    promise a rate that no finalist carries in simulation, more is asked of them."""
+    asked, seen = problem, []
+    for _ in range(SEARCHES):
+        search = Search(asked, report)
+        ranked = search.run()
+        kinds: dict[bool, Verified] = {}
+        for colocated in (False, True):
+            mine = [j for j in ranked if (j.placement.prefill is None) == colocated]
+            found = _verified(problem, mine, report)
+            seen += found
+            best = max(found, key=lambda v: _merit(problem, v), default=None)
+            if best is not None and _merit(problem, best)[0] > float("-inf"):
+                kinds[colocated] = best
+        if kinds:
+            return search, ranked, kinds
+        if not ranked or problem.rate_rps is None or asked.rate_rps is None:
+            break
+        most_rps = max(found.judged.rate_rps for found in seen)
+        more = max(1.05, 1.02 * problem.rate_rps / most_rps)
+        spec = replace(asked.workload, rate_rps=asked.rate_rps * more)
+        asked = replace(asked, workload=spec)
+    raise _unconfirmed(problem, seen) if seen else _why_not(problem, search)
+
+
+def _verified(problem: Problem, ranked: Sequence[Judged], report: Report) -> list[Verified]:
+    """The finalists in simulation; for a given rate up to the first that carries it."""
+    different: dict[str, Judged] = {}  # inside a node both affinities find the same
+    for judged in ranked:
+        different.setdefault(str(judged.placement), judged)
+    tried: list[Verified] = []
+    for judged in islice(different.values(), problem.config.search.finalists):
+        tried.append(verify(problem, judged, report))
+        if problem.rate_rps is not None and _merit(problem, tried[-1])[0] > float("-inf"):
+            break
+    return tried
+
+
+def _unconfirmed(problem: Problem, seen: Sequence[Verified]) -> Infeasible:
+    """Recurrences found placements for the rate, and simulation does not bear them out."""
+    best = max(seen, key=lambda found: found.judged.rate_rps).judged
+    return Infeasible(
+        "workload.rate_rps",
+        f"of {problem.rate_rps:g} req/s the simulation confirms {best.rate_rps:.2f} with "
+        f"{best.placement}, the best of {len(seen)} placements",
+        f"rate_rps {best.rate_rps:.2f}",
+    )
 
 
 def _merit(problem: Problem, found: Verified) -> tuple[float, float]:

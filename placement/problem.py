@@ -9,6 +9,9 @@ from pathlib import Path
 
 from ..configs.plan_schema import LatencyConfig, PlanConfig
 from ..engine.errors import InvalidConfig
+from .aiconfigurator_source import AiconfiguratorLatency
+from .calibration import read_calibration
+from .deployment import Overheads
 from .distserve_profile import DistServeLatency, read_distserve_profile
 from .inventory import MachineType, read_inventory
 from .latency import LatencySource, NoLatency, PhaseLatency
@@ -76,6 +79,7 @@ class Problem:
     shapes: tuple[WorkerShape, ...]
     left_out: tuple[str, ...]  # shapes that cannot be, with the reason
     max_model_len: int
+    overheads: Overheads  # of a launched cluster, outside steps
 
     @property
     def rate_rps(self) -> float | None:
@@ -101,7 +105,10 @@ def read_problem(config: PlanConfig, folder: Path) -> Problem:
             "give workload.rate_rps, or choose a goodput goal",
         )
     machines = read_inventory(config.inventory, folder)
-    sources = {name: _source(config.latency, model, machine) for name, machine in machines.items()}
+    sources = {
+        name: _source(config.latency, model, config.model.path, machine)
+        for name, machine in machines.items()
+    }
     shapes, left_out = _shapes(config, model, machines, sources)
     return Problem(
         config=config,
@@ -112,6 +119,7 @@ def read_problem(config: PlanConfig, folder: Path) -> Problem:
         shapes=shapes,
         left_out=left_out,
         max_model_len=max_model_len,
+        overheads=_overheads(config.latency),
     )
 
 
@@ -122,16 +130,29 @@ def _timeless(section: dict[str, object]) -> dict[str, object]:
     return section
 
 
-def _source(latency: LatencyConfig, model: ModelShape, machine: MachineType) -> LatencySource:
+def _overheads(latency: LatencyConfig) -> Overheads:
+    return read_calibration(latency.calibration).overheads if latency.calibration else Overheads()
+
+
+def _source(
+    latency: LatencyConfig, model: ModelShape, folder: Path, machine: MachineType
+) -> LatencySource:
+    """`folder` holds the model's config.json."""
+    if latency.source in ("sheet", "aiconfigurator") and latency.file is not None:
+        raise InvalidConfig(
+            "latency.file", f"a {latency.source} has none", "set latency.source: profile"
+        )
+    if latency.source == "aiconfigurator":
+        return AiconfiguratorLatency(model=folder, name=model.name, hardware=machine.hardware.name)
     if latency.source == "sheet":
-        if latency.file is not None:
-            raise InvalidConfig("latency.file", "a sheet has none", "set latency.source: profile")
         return RooflineLatency(shape=model, hardware=machine.hardware)
     if latency.file is None:
         raise InvalidConfig("latency.file", "is missing", f"name the {latency.source} file")
     if latency.source == "profile":
         profile = read_profile(latency.file)
-        profile.require(hardware=machine.hardware.name, model=model.name)
+        # A CPU sheet names no processor: the profile says which one there is.
+        named = None if machine.hardware.name.startswith("cpu") else machine.hardware.name
+        profile.require(hardware=named, model=model.name)
         return profile
     profile = read_distserve_profile(latency.file)
     name = latency.model or model.name
@@ -192,8 +213,8 @@ def _parallelisms(config: PlanConfig, machine: MachineType) -> list[Shape]:
     widest = machine.gpus if search.tensor_parallel_across_nodes else machine.nvlink_domain
     return [
         (tp, pp)
-        for tp in (1, 2, 4, 8, 16, 32)
-        for pp in (1, 2, 4, 8, 16)
+        for tp in (1, 2, 3, 4, 6, 8, 16, 32)
+        for pp in (1, 2, 3, 4, 6, 8, 16)
         if tp <= min(widest, search.max_tensor_parallel)
         and pp <= search.max_pipeline_parallel
         and tp * pp <= machine.gpus

@@ -1,60 +1,18 @@
-"""A prefill worker as it runs live, with step times where the runner would be."""
+"""A prefill worker as it runs live, with step times where the runner would be.
+
+Decides what it computes and how long that takes; who drives it says when.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, cast
-
-from ..engine.batch import Batch, StepOutput
+from ..engine.batch import Batch, Progress, StepOutput
 from ..engine.blocks import BlockAllocator
-from ..engine.routing import WorkerView
-from ..engine.step_time import StepFeatures, StepTime
+from ..engine.step_time import StepFeatures
 from ..prefill_worker.scheduler import PrefillLimits, PrefillScheduler
 from .deployment import Deployment, WorkerModel
-from .simulated_request import Attempt, SimulatedSequence
 from .simulated_run import WorkerUse
-
-if TYPE_CHECKING:
-    from .simulator import Simulator
-
-
-class Stages:
-    """The stages of one worker's pipeline, each busy until a known time."""
-
-    def __init__(self, model: WorkerModel, step_s: float) -> None:
-        self._times = model.latency.stages
-        self._step_s = step_s
-        self.free_s = [0.0] * len(self._times)
-        self.busy_s = 0.0  # of the first
-
-    def run(self, features: StepFeatures, now_s: float) -> float:
-        """Pass a step through all stages, the first free at `now_s`; returns when it is out."""
-        free_s = self.free_s
-        at_s = now_s
-        for i, time in enumerate(self._times):
-            seconds = time.batch_s(features)
-            if i == 0:
-                seconds += self._step_s
-                self.busy_s += seconds
-            at_s = free_s[i] = max(at_s, free_s[i]) + seconds
-        return at_s
-
-
-class PipelineTime:
-    """A step through all stages. Is a `StepTime`."""
-
-    def __init__(self, stages: tuple[StepTime, ...]) -> None:
-        self._stages = stages
-
-    def batch_s(self, features: StepFeatures) -> float:
-        return sum([stage.batch_s(features) for stage in self._stages])
-
-
-def predictor(model: WorkerModel, *, needed: bool) -> StepTime | None:
-    """What a scheduler may predict with; None spares it the work where no target needs it."""
-    if not needed:
-        return None
-    stages = model.latency.stages
-    return stages[0] if len(stages) == 1 else PipelineTime(stages)
+from .simulated_sequence import SimulatedSequence
+from .simulated_stages import Stages, predictor
 
 
 class SimulatedPrefill:
@@ -62,22 +20,21 @@ class SimulatedPrefill:
 
     role = "prefill"
 
-    def __init__(self, model: WorkerModel, deployment: Deployment, simulator: Simulator) -> None:
+    def __init__(self, model: WorkerModel, deployment: Deployment, machine: list[Stages]) -> None:
         self.model = model
-        self.simulator = simulator
         self.alive = True
+        self.woken = False  # somebody will look for work here
         self.outstanding_tokens = 0  # as the router counts: sent, not handed over
-        self.attempts: dict[Attempt, None] = {}  # with blocks or a place in the queue here
+        self.members: dict[str, None] = {}  # ids with blocks or a place in the queue here
         self.allocator = BlockAllocator(
             model.num_blocks, deployment.block_size, prefix_cache=deployment.prefix_cache
         )
-        self._stages = Stages(model, deployment.overheads.step_s)
+        self.stages = Stages(model, deployment.overheads, machine)
+        self.reported = 0  # tokens queued at the last step's end
         self._depth = len(model.latency.stages)
         self._in_flight = 0
-        self._woken = False
         self._queued = 0  # unfinished prompts that no step has
         self._steps = self._tokens = self._peak = 0
-        self._queued_reported = 0  # tokens, at the last step's end
         self.scheduler = PrefillScheduler(
             self.allocator,
             PrefillLimits(
@@ -91,95 +48,76 @@ class SimulatedPrefill:
             predictor(model, needed=deployment.ttft_ms > 0),
         )
 
-    def add(self, attempt: Attempt, now_s: float) -> None:
-        self.attempts[attempt] = None
+    @property
+    def may_begin(self) -> bool:
+        """Whether a step could begin once the first stage is free."""
+        return self._queued > 0 and self._in_flight < self._depth
+
+    @property
+    def requests(self) -> int:
+        return len(self.members)
+
+    def add(self, sequence: SimulatedSequence, now_s: float) -> None:
+        self.members[sequence.id] = None
         self._queued += 1
-        self.scheduler.add(attempt.sequence, now_s)
-        self.wake(now_s)
+        self.scheduler.add(sequence, now_s)
 
-    def release(self, attempt: Attempt, now_s: float) -> None:
+    def release(self, sequence_id: str) -> None:
         """The prompt's KV is elsewhere, or nobody wants it any more."""
-        del self.attempts[attempt]
-        self.scheduler.release(attempt.sequence.id)
-        self.wake(now_s)
+        del self.members[sequence_id]
+        self.scheduler.release(sequence_id)
 
-    def wake(self, now_s: float) -> None:
-        """Look for work once everything else of this moment has happened."""
-        if self._queued and not self._woken and self._in_flight < self._depth:
-            self._woken = True
-            self.simulator.agenda.at(max(now_s, self._stages.free_s[0]), self._look)
+    def begin(self, now_s: float) -> tuple[Batch, float] | None:
+        """The next step and when it ends."""
+        batch = self.scheduler.next_batch(now_s)
+        if batch is None:
+            return None
+        features = StepFeatures.of_chunks(zip(batch.counts, batch.starts, strict=True))
+        self._in_flight += 1
+        self._queued -= len(batch.sequences)
+        self._steps += 1
+        self._tokens += features.new_tokens
+        used = self.allocator.num_blocks - self.allocator.num_available
+        if used > self._peak:
+            self._peak = used
+        return batch, self.stages.run(features, now_s, len(batch.counts))
 
-    def view(self, _: float) -> WorkerView:
-        return WorkerView(
-            name=self.model.name,
-            outstanding_tokens=max(self._queued_reported, self.outstanding_tokens),
-            requests=len(self.attempts),
-            free_blocks=self.allocator.num_free,
-            total_blocks=self.allocator.num_blocks,
-            max_batch_size=self.model.max_batch_size,
-        )
+    def end(self, batch: Batch, now_s: float) -> Progress:
+        """The step's result; sequences that are finished altogether are gone."""
+        self._in_flight -= 1
+        output = StepOutput(token_ids=[0] * len(batch.sequences))
+        progress = self.scheduler.advance(batch, output, now_s)
+        self._queued += len(batch.sequences) - len(progress.sequences)
+        for sequence, _ in progress.finished:
+            del self.members[sequence.id]
+        return progress
+
+    def reported_tokens(self, now_s: float) -> int:
+        return self.reported
+
+    def report(self) -> None:
+        """Tell the router what is queued."""
+        self.reported = self.scheduler.load().queued_tokens
+
+    def free_blocks(self) -> int:
+        return self.allocator.num_available
+
+    def allocators(self) -> list[BlockAllocator]:
+        return [self.allocator]
+
+    def schedulers(self) -> list[PrefillScheduler]:
+        return [self.scheduler]
 
     def use(self) -> WorkerUse:
         return WorkerUse(
             name=self.model.name,
             role=self.role,
-            busy_s=self._stages.busy_s,
+            busy_s=self.stages.busy_s,
             steps=self._steps,
             tokens=self._tokens,
             preemptions=0,
             peak_blocks=self._peak,
             num_blocks=self.model.num_blocks,
+            hit_tokens=self.scheduler.prefix.hit_tokens,
+            asked_tokens=self.scheduler.prefix.asked_tokens,
         )
-
-    def _look(self, now_s: float, _: Any) -> None:
-        self._woken = False
-        if self.alive and self._in_flight < self._depth:
-            self._begin(now_s)
-
-    def _begin(self, now_s: float) -> None:
-        batch = self.scheduler.next_batch(now_s)
-        if batch is None:
-            return
-        features = StepFeatures.of_chunks(zip(batch.counts, batch.starts, strict=True))
-        end_s = self._stages.run(features, now_s)
-        self._in_flight += 1
-        self._queued -= batch.num_rows
-        self._steps += 1
-        self._tokens += features.new_tokens
-        self._peak = max(self._peak, self.allocator.num_blocks - self.allocator.num_available)
-        transfers = self.simulator.transfers
-        for sequence, start, count in zip(batch.sequences, batch.starts, batch.counts, strict=True):
-            attempt = cast(SimulatedSequence, sequence).attempt
-            if start == sequence.cached_tokens:  # its first chunk
-                if sequence.num_tokens + 1 < sequence.max_total_tokens:
-                    transfers.ask(attempt, now_s)
-                count += start  # what was found here is sent too
-            transfers.chunk(attempt, count, now_s, end_s)
-        self.simulator.agenda.at(end_s, self._end, batch)
-        if self._in_flight < self._depth:
-            self.wake(now_s)
-
-    def _end(self, now_s: float, batch: Batch) -> None:
-        if not self.alive:
-            return
-        self._in_flight -= 1
-        output = StepOutput(token_ids=[0] * batch.num_rows)
-        progress = self.scheduler.advance(batch, output, now_s)
-        self._queued += batch.num_rows - len(progress.sequences)
-        if self.simulator.views_matter:
-            self._queued_reported = self.scheduler.load().queued_tokens
-        finished = {sequence.id for sequence, _ in progress.finished}
-        for sequence in batch.sequences:
-            self.simulator.transfers.chunk_done(cast(SimulatedSequence, sequence).attempt, now_s)
-        for sequence in progress.sequences:
-            attempt = cast(SimulatedSequence, sequence).attempt
-            ended = sequence.id in finished
-            if ended:
-                del self.attempts[attempt]
-            self.simulator.prompt_done(attempt, now_s, ended=ended)
-        if not self._queued:
-            return
-        if self._stages.free_s[0] <= now_s and not self._woken:
-            self._begin(now_s)
-        else:
-            self.wake(now_s)

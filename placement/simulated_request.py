@@ -3,43 +3,17 @@
 from __future__ import annotations
 
 from math import nan
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any
 
 import numpy as np
 
-from ..engine.request import Request, SamplingParams
-from ..engine.sequence import Sequence
 from .network import Flow
+from .simulated_decode import SimulatedDecode
+from .simulated_lane import Lane
+from .simulated_prefill import SimulatedPrefill
 from .simulated_run import StopRule
+from .simulated_sequence import SimulatedSequence
 from .workload import Workload
-
-if TYPE_CHECKING:
-    from .simulated_decode import Lane, SimulatedDecode
-    from .simulated_prefill import SimulatedPrefill
-
-
-class SimulatedSequence(Sequence):
-    """A sequence of lengths only, that knows its attempt."""
-
-    __slots__ = ("attempt",)
-
-    def __init__(
-        self, request: Request, attempt: Attempt, num_tokens: int, hashes: list[int]
-    ) -> None:
-        """`hashes` name the prompt's full blocks, for prefix caches; read only."""
-        self.id = request.id
-        self.request = request
-        self.tokens = None
-        self.num_tokens = num_tokens
-        self.num_prompt_tokens = request.num_prompt_tokens
-        self.max_total_tokens = request.num_prompt_tokens + request.sampling.max_tokens
-        self.num_computed = 0
-        self.blocks = []
-        self.block_hashes = hashes
-        self.cached_tokens = 0
-        self.num_preemptions = 0
-        self.first_scheduled_s = None
-        self.attempt = attempt
 
 
 class Attempt:
@@ -49,26 +23,26 @@ class Attempt:
         "blocks",
         "decode",
         "flow",
+        "found",
         "handed_s",
         "lane",
         "landed",
         "lost",
         "num_tokens",
         "prefill",
-        "request",
         "row",
         "sequence",
         "told",
     )
 
-    def __init__(self, row: int, request: Request, num_tokens: int, hashes: list[int]) -> None:
+    def __init__(self, row: int, sequence: SimulatedSequence) -> None:
         self.row = row
-        self.request = request
-        self.num_tokens = num_tokens  # known when it began: the prompt, and what was delivered
-        self.sequence = SimulatedSequence(request, self, num_tokens, hashes)
+        self.num_tokens = sequence.num_tokens  # known when it began
+        self.sequence = sequence
         self.prefill: SimulatedPrefill | None = None  # until its blocks there are free
         self.decode: SimulatedDecode | None = None
         self.lane: Lane | None = None  # where it has, or waits for, its blocks in decode
+        self.found: list[int] = []  # blocks of its beginning that decode had already
         self.blocks: list[int] | None = None  # leased in decode
         self.flow: Flow | None = None
         self.handed_s = nan  # prompt computed
@@ -76,43 +50,9 @@ class Attempt:
         self.landed = False  # its KV is there
         self.lost = False
 
-
-class RequestMaker:
-    """Requests of a workload's rows, made when they arrive."""
-
-    def __init__(self, workload: Workload, block_size: int, *, with_prefixes: bool) -> None:
-        self._prefix = workload.prefix if with_prefixes else None
-        self._block_size = block_size
-        self.prompts = workload.prompt_tokens.tolist()
-        self.outputs = workload.output_tokens.tolist()
-        self._sampling: dict[int, SamplingParams] = {}
-
-    def attempt(self, row: int, arrival_s: float, delivered: int, number: int) -> Attempt:
-        """The row's `number`-th attempt, with so many tokens delivered before."""
-        output = self.outputs[row]
-        sampling = self._sampling.get(output)
-        if sampling is None:
-            sampling = SamplingParams(max_tokens=output, ignore_eos=True)
-            self._sampling[output] = sampling
-        prompt = self.prompts[row]
-        request = Request(
-            id=f"{row}/{number}" if number else str(row),
-            # Schedulers ask for the length only; a range has one without the tokens.
-            token_ids=cast("tuple[int, ...]", range(prompt + delivered)),
-            num_prompt_tokens=prompt,
-            sampling=sampling,
-            arrival_s=arrival_s,
-        )
-        return Attempt(row, request, prompt + delivered, self._hashes(row))
-
-    def _hashes(self, row: int) -> list[int]:
-        """A trace's id names many tokens; each of their blocks gets a name of its own."""
-        if self._prefix is None:
-            return []
-        size, ids = self._block_size, self._prefix.of(row).tolist()
-        blocks = self._prefix.block_tokens // size
-        names = [name * blocks + i for name in ids for i in range(blocks)]
-        return names[: self.prompts[row] // size]
+    @property
+    def handed(self) -> bool:
+        return self.handed_s == self.handed_s
 
 
 class Notes:

@@ -40,6 +40,8 @@ class WorkerUse:
     preemptions: int
     peak_blocks: int  # active and leased, as seen at step starts
     num_blocks: int
+    hit_tokens: int = 0  # found in its prefix cache by sequences that were admitted
+    asked_tokens: int = 0  # of all sequences that were admitted to be computed
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -69,6 +71,11 @@ class SimulatedRun:
     samples: tuple[Sample, ...]
     duration_s: float  # from 0 to the last event
     stopped: bool  # by a StopRule: rows not finished are NaN
+
+    @property
+    def hit_tokens(self) -> int:
+        """Prompt tokens that nobody had to compute, because a prefix cache had them."""
+        return sum(worker.hit_tokens for worker in self.workers)
 
     @property
     def num_served(self) -> int:

@@ -11,23 +11,20 @@ from ..configs.schema import ClusterConfig, DecodeConfig, PrefillConfig
 from ..engine.errors import InvalidConfig
 from .deployment import Deployment, Overheads, WorkerModel, replicas
 from .latency import LatencySource, Phase
-from .model_shape import DTYPE_BYTES, ModelShape, read_shape
+from .model_shape import ModelShape, read_shape
 from .network import Network
 from .paced import paced_bytes_per_s, paced_shape, paced_source
+from .slo import SloPolicy
 from .transfer import Link
 
 PROMPTS_A_STEP = 64  # at most, of a prefill worker: `PrefillLimits` has it, no key of the file
 
 
 def shape_of_cluster(config: ClusterConfig) -> ModelShape:
-    """Of the model that is served, or pretended, in the dtype it is served in."""
+    """Of the model that is served, or pretended, in the dtypes it is served in."""
     if _paced(config):
-        return paced_shape(config.model, config.paced)
-    shape = read_shape(config.model.path)
-    if config.model.dtype == "auto":
-        return shape
-    item = DTYPE_BYTES[config.model.dtype]
-    return replace(shape, kv_item_bytes=item, weight_bytes=item)
+        return paced_shape(config.model, config.kv, config.paced)
+    return read_shape(config.model.path).served_as(config.model.dtype, config.kv.dtype)
 
 
 def twin_of(
@@ -43,9 +40,10 @@ def twin_of(
     for free, or as fast as a paced cluster says. Raises NoLatency where the step times of a
     parallelism are not known, and InvalidConfig where none are given.
     """
+    config = _one_block_size(config)
     paced = _paced(config)
     if paced:
-        source = paced_source(config.model, config.paced)
+        source = paced_source(config.model, config.kv, config.paced)
     if source is None:
         raise InvalidConfig(
             "--profile",
@@ -72,6 +70,7 @@ def twin_of(
         transfer_mode=config.transfer.mode,
         local_prefill="always" if colocated else config.decode.local_prefill,
         local_prefill_tokens=config.decode.local_prefill_tokens,
+        prefix_cache=config.kv.prefix_cache,
         policy=config.gateway.policy,
         ttft_ms=config.slo.ttft_ms,
         tpot_ms=config.slo.tpot_ms,
@@ -79,6 +78,13 @@ def twin_of(
         max_failovers=config.gateway.max_failovers,
         overheads=overheads or Overheads(),
     )
+
+
+def with_targets(deployment: Deployment, policy: SloPolicy) -> Deployment:
+    """For requests that bring the policy's targets, as `phasewise bench` sends them: schedulers
+    order and cut by these. One target for all classes, the default one."""
+    targets = policy.default
+    return replace(deployment, ttft_ms=targets.ttft_s * 1e3, tpot_ms=targets.tpot_s * 1e3)
 
 
 def _pool(
@@ -111,6 +117,19 @@ def _max_model_len(config: ClusterConfig, shape: ModelShape, num_blocks: int) ->
             "give more memory or lower model.max_model_len",
         )
     return asked or min(room, shape.max_positions)
+
+
+def _one_block_size(config: ClusterConfig) -> ClusterConfig:
+    """With it as `kv.block_size`."""
+    prefill, decode = config.block_sizes
+    if prefill != decode:
+        raise InvalidConfig(
+            "decode.block_size",
+            f"{decode}, while prefill's blocks are of {prefill}: only pools with blocks of one "
+            "size are simulated",
+            "set decode.block_size=0 and prefill.block_size=0 for the simulation",
+        )
+    return replace(config, kv=replace(config.kv, block_size=decode))
 
 
 def _paced(config: ClusterConfig) -> bool:

@@ -157,6 +157,7 @@ def deployment_of(problem: Problem, placement: Placement) -> Deployment:
         local_prefill_tokens=0 if colocated else DecodeConfig().local_prefill_tokens,
         ttft_ms=targets.ttft_s * 1e3,
         tpot_ms=targets.tpot_s * 1e3,
+        overheads=problem.overheads,
     )
 
 

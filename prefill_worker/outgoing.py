@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from ..engine.layout import KVLayout
-from ..engine.prefix import pack_hashes
+from ..engine.prefix import extend_hashes, pack_hashes
 from ..engine.request import TransferAddress
 from ..engine.sequence import Sequence
 from ..kv_transfer.digest import token_digest
@@ -65,8 +65,7 @@ class Outbox:
         decode may hold; the first `num_ready` blocks are complete."""
         outgoing = self._open(sequence)
         if self._worth_asking(decode):
-            packed = pack_hashes(names[:MAX_NAMES])
-            outgoing.asking = asyncio.create_task(self._ask(outgoing, decode, packed))
+            outgoing.asking = asyncio.create_task(self._ask(outgoing, decode, names))
             if num_ready:
                 ready = finished_clock(self.layout.num_layers)
                 outgoing.chunks.append((sequence.blocks[:num_ready], 0, ready))
@@ -143,10 +142,23 @@ class Outbox:
         if missing + len(blocks) > 0:
             self.kv.push(outgoing.lease, blocks[max(0, -missing) :], max(0, missing), layers)
 
-    async def _ask(self, outgoing: Outgoing, decode: TransferAddress, names: bytes) -> None:
-        num_blocks = self.layout.blocks_for(outgoing.sequence.num_tokens)
+    def _names_at(self, decode: TransferAddress, sequence: Sequence, names: list[int]) -> list[int]:
+        """What decode calls the prompt's first blocks; `names` are this worker's."""
+        size = self.kv.block_size(decode)
+        if not names or size == self.layout.block_size:
+            return names
+        assert sequence.tokens is not None, "a prompt's tokens are known"
+        known = sequence.tokens[: sequence.num_tokens - 1]  # one at least is computed there
+        return extend_hashes([], known, size, sequence.request.cache_salt)
+
+    async def _ask(self, outgoing: Outgoing, decode: TransferAddress, names: list[int]) -> None:
+        num_tokens = outgoing.sequence.num_tokens
+        num_blocks = self.layout.blocks_for(num_tokens)
+        packed = pack_hashes(self._names_at(decode, outgoing.sequence, names)[:MAX_NAMES])
         try:
-            outgoing.granted = await self.kv.ask(decode, outgoing.lease, num_blocks, names)
+            outgoing.granted = await self.kv.ask(
+                decode, outgoing.lease, num_blocks, packed, num_tokens
+            )
         except (PeerUnavailable, PeerRefused) as error:
             log.warning("no push of %s: %s", outgoing.sequence.id, error)
         outgoing.asking = None

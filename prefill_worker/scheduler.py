@@ -140,8 +140,9 @@ class PrefillScheduler:
         appended, and are parked until `release`; one that this token finishes stands in
         `finished` too, and its blocks are free already. Aborted ones stand nowhere.
         """
-        assert any(batch is other for other in self._in_flight), "not a step in flight"
-        self._in_flight = [other for other in self._in_flight if other is not batch]
+        others = [other for other in self._in_flight if other is not batch]
+        assert len(others) < len(self._in_flight), "not a step in flight"
+        self._in_flight = others
         progress = Progress()
         for row, (sequence, count) in enumerate(zip(batch.sequences, batch.counts, strict=True)):
             waiter = self._waiters[sequence.id]
@@ -240,6 +241,8 @@ class PrefillScheduler:
         if not admit:
             return iter(self._started)
         front = islice(self._line, self._limits.max_batch_size + _LOOK_PAST + 1)
+        if not self._started:
+            return front
         return merge(self._started, front, key=attrgetter("key"))
 
     def _admit(self, waiter: Waiter) -> bool:

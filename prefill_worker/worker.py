@@ -15,6 +15,7 @@ from ..engine.load import SchedulerLoad
 from ..engine.report import Failed, FailureCode, Finished, Report
 from ..engine.request import Handoff, Request, TransferAddress
 from ..engine.sequence import Sequence
+from ..engine.step_clock import StepClock
 from ..kv_transfer.events import Asked, Ended
 from ..kv_transfer.layer_clock import LayerClock
 from ..kv_transfer.ranked import Endpoint
@@ -44,6 +45,7 @@ class PrefillWorker:
         self._decode: dict[str, TransferAddress] = {}  # where each request goes on
         self._news = Report()  # what happened between steps
         self._wake = asyncio.Event()
+        self.steps = StepClock()
 
     def submit(self, request: Request, decode: TransferAddress) -> None:
         """Queue a prompt whose KV is meant for `decode`."""
@@ -82,6 +84,7 @@ class PrefillWorker:
         """Step for ever; yields each step's news. Cancel it to stop."""
         while True:
             self._wake.clear()
+            self.steps.begin()
             batch = self.scheduler.next_batch(self.clock())
             if batch is not None:
                 await self._step(batch)
@@ -90,6 +93,8 @@ class PrefillWorker:
                 yield report
             elif batch is None:
                 await self._wake.wait()
+            if batch is not None:
+                self.steps.end(batch)  # whoever reads the reports has sent this one
 
     async def follow_transfers(self) -> None:
         """Release blocks as their transfers end. Runs beside `run`, for ever."""
@@ -106,11 +111,13 @@ class PrefillWorker:
         layers = LayerClock(self.compute.watched, self.kv.mark)
         self._begin(batch, layers)
         try:
+            self.steps.scheduled()
             output, seconds = await self.compute.run(batch, layers.finish)
         except StepFailed as error:
             layers.fail()
             self._give_up(batch, str(error))
             return
+        self.steps.ran(output.times)
         self.scheduler.observe(batch, seconds)
         progress = self.scheduler.advance(batch, output, self.clock())
         self._hand_over(progress, output)

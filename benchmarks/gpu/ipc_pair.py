@@ -1,28 +1,21 @@
 """Two processes on one GPU: one pushes KV into the other's pool, and either is killed.
 
-    python benchmarks/gpu/ipc_pair.py [--json FILE] [--repeats 10] [--dry-run]
-
-Prints a row as soon as it is known, so that a time limit keeps the earlier ones: the push of 32
-layers × 128 scattered blocks of 64 KiB (GB/s counts reads and writes), one block with its
-acknowledgement, then SIGKILL of the sender and of the receiver in the middle of a push: how soon
-the other one's terminal event comes, and that it goes on with a new peer. Every transfer's bytes
-are compared. `--dry-run` does the same over shared memory of this machine, without a GPU.
+The push of 32 layers × 128 scattered blocks of 64 KiB (GB/s counts reads and writes), one block
+with its acknowledgement, then SIGKILL of the sender and of the receiver in the middle of a push:
+how soon the other one's terminal event comes, and that it goes on with a new peer. Every
+transfer's bytes are compared.
 """
 
 from __future__ import annotations
 
-import argparse
 import asyncio
-import json
 import multiprocessing
 import random
 import statistics
-import sys
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -36,7 +29,9 @@ from phasewise.kv_transfer.memory import KVMemory, memory_on
 LAYOUT = KVLayout(
     num_layers=32, num_blocks=160, num_kv_heads=8, block_size=32, head_dim=64, dtype="float16"
 )
-NUM_BLOCKS = 128
+TINY = KVLayout(
+    num_layers=4, num_blocks=10, num_kv_heads=8, block_size=32, head_dim=64, dtype="float16"
+)
 ANSWER_S = 60.0
 
 
@@ -48,17 +43,19 @@ class Setup:
     incarnation: int
     seed: int
     device: str
+    layout: KVLayout
 
 
 class Side:
     """A worker's transfer half in a child process; its methods are what the parent may ask."""
 
     def __init__(self, setup: Setup) -> None:
-        self.memory: KVMemory = memory_on(setup.device, LAYOUT.num_bytes)
-        fill(self.memory, setup.seed)
+        self.layout = setup.layout
+        self.memory: KVMemory = memory_on(setup.device, self.layout.num_bytes)
+        fill(self.memory, setup.seed, self.layout)
         worker = WorkerId(name=setup.name, incarnation=setup.incarnation)
         config = TransferConfig(silence_s=2.0, answer_s=20.0)  # the first launch compiles
-        self.endpoint = KVEndpoint(worker, LAYOUT, self.memory, config)
+        self.endpoint = KVEndpoint(worker, self.layout, self.memory, config)
         self.events: AsyncIterator[Asked | Ended | Released] = self.endpoint.events()
 
     async def address(self) -> TransferAddress:
@@ -71,7 +68,7 @@ class Side:
         """Seconds until the commit, or the lease when only `layers` of it are computed."""
         lease = self.endpoint.new_lease()
         assert await self.endpoint.ask(peer, lease, len(blocks)), "decode has room"
-        whole = layers == LAYOUT.num_layers
+        whole = layers == self.layout.num_layers
         clock = finished_clock(layers) if whole else LayerClock()
         begin = time.perf_counter()
         self.endpoint.push(lease, blocks, 0, clock)
@@ -79,7 +76,7 @@ class Side:
             for layer in range(layers):
                 clock.finish(layer)
             return lease
-        self.endpoint.commit(lease, len(blocks) * LAYOUT.block_size, 0)
+        self.endpoint.commit(lease, len(blocks) * self.layout.block_size, 0)
         await self.ended(Outcome.COMMITTED)
         return time.perf_counter() - begin
 
@@ -100,13 +97,13 @@ class Side:
         return time.monotonic()
 
     async def same(self, seed: int, theirs: list[int], mine: list[int]) -> bool:
-        expected = contents(seed)
-        size = LAYOUT.block_bytes
+        layout = self.layout
+        expected, size = contents(seed, layout), layout.block_bytes
         return all(
             np.array_equal(
-                self.memory.read(LAYOUT.offset(layer, block), size), expected[layer, other]
+                self.memory.read(layout.offset(layer, block), size), expected[layer, other]
             )
-            for layer in range(LAYOUT.num_layers)
+            for layer in range(layout.num_layers)
             for other, block in zip(theirs, mine, strict=True)
         )
 
@@ -120,6 +117,7 @@ class Child:
         self.process = context.Process(target=_serve, args=(setup, theirs), daemon=True)
         self.process.start()
         theirs.close()
+        self.num_layers = setup.layout.num_layers
         self.address: TransferAddress = self.do("address")
 
     def begin(self, method: str, *arguments: Any) -> None:
@@ -158,104 +156,99 @@ def _serve(setup: Setup, pipe: Connection) -> None:
     asyncio.run(work())
 
 
-def contents(seed: int) -> np.ndarray:  # [layers, blocks, block_bytes]
-    shape = (LAYOUT.num_layers, LAYOUT.num_blocks, LAYOUT.block_bytes)
+def contents(seed: int, layout: KVLayout) -> np.ndarray:  # [layers, blocks, block_bytes]
+    shape = (layout.num_layers, layout.num_blocks, layout.block_bytes)
     return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
 
 
-def fill(memory: KVMemory, seed: int) -> None:
+def fill(memory: KVMemory, seed: int, layout: KVLayout) -> None:
     if memory.device == "cpu":
-        np.frombuffer(memory.buffer, np.uint8)[:] = contents(seed).reshape(-1)
+        np.frombuffer(memory.buffer, np.uint8)[:] = contents(seed, layout).reshape(-1)
         return
     import torch
 
-    memory.buffer.copy_(torch.from_numpy(contents(seed).reshape(-1)))
+    memory.buffer.copy_(torch.from_numpy(contents(seed, layout).reshape(-1)))
     torch.cuda.synchronize()
 
 
 def transfer(prefill: Child, decode: Child, source: Sequence[int], target: Sequence[int]) -> float:
     """One whole push; its seconds."""
-    prefill.begin("push", decode.address, list(source), LAYOUT.num_layers)
+    prefill.begin("push", decode.address, list(source), prefill.num_layers)
     decode.do("grant", list(target))
     decode.do("ended", Outcome.COMMITTED)
     return prefill.result()
 
 
-def half_way(prefill: Child, decode: Child, rng: random.Random) -> None:
-    """A push that waits for its sixteenth layer."""
-    source, target = scattered(rng, NUM_BLOCKS), scattered(rng, NUM_BLOCKS)
-    prefill.begin("push", decode.address, source, LAYOUT.num_layers // 2)
+def half_way(prefill: Child, decode: Child, rng: random.Random, layout: KVLayout) -> None:
+    """A push that waits for the second half of its layers."""
+    source, target = scattered(rng, layout), scattered(rng, layout)
+    prefill.begin("push", decode.address, source, layout.num_layers // 2)
     decode.do("grant", target)
     prefill.result()
     time.sleep(0.05)
 
 
-def scattered(rng: random.Random, count: int) -> list[int]:
-    return rng.sample(range(LAYOUT.num_blocks), count)
+def scattered(rng: random.Random, layout: KVLayout) -> list[int]:
+    """Four fifths of the pool's blocks, in random order."""
+    return rng.sample(range(layout.num_blocks), layout.num_blocks * 4 // 5)
 
 
-class Report:
-    """Rows, told and kept as they come."""
-
-    def __init__(self, path: Path | None) -> None:
-        self.path, self.rows = path, list[dict[str, Any]]()
-
-    def add(self, what: str, **figures: Any) -> None:
-        self.rows.append({"what": what, **figures})
-        print(json.dumps(self.rows[-1]), flush=True)
-        if self.path is not None:
-            self.path.write_text(json.dumps(self.rows, indent=1) + "\n")
-
-
-def measure(report: Report, device: str, repeats: int) -> None:
+def measured(
+    device: str, layout: KVLayout, *, repeats: int, kills: bool
+) -> Iterator[dict[str, Any]]:
+    """Rows of figures, each as soon as it is known."""
     rng, numbers = random.Random(0), iter(range(1, 100))
 
     def child(name: str, seed: int) -> Child:
-        return Child(Setup(name=name, incarnation=next(numbers), seed=seed, device=device))
+        number = next(numbers)
+        return Child(Setup(name=name, incarnation=number, seed=seed, device=device, layout=layout))
 
     prefill, decode = child("prefill", 1), child("decode", 2)
     transport = prefill.do("transport", decode.address)
-    size = LAYOUT.num_layers * NUM_BLOCKS * LAYOUT.block_bytes
-    source, target = scattered(rng, NUM_BLOCKS), scattered(rng, NUM_BLOCKS)
+    blocks = layout.num_blocks * 4 // 5
+    size = layout.num_layers * blocks * layout.block_bytes
+    source, target = scattered(rng, layout), scattered(rng, layout)
     taken = [transfer(prefill, decode, source, target) for _ in range(repeats + 2)]
     assert decode.do("same", 1, source, target), "every byte arrived"
     seconds = statistics.median(taken[2:])
-    report.add("push", transport=transport, ms=seconds * 1e3, gb_per_s=2 * size / seconds / 1e9)
-    block = [transfer(prefill, decode, [3], [rng.randrange(160)]) for _ in range(repeats + 2)]
-    report.add("one block, all layers", ms=statistics.median(block[2:]) * 1e3)
+    yield {
+        "what": f"{blocks} blocks, {layout.num_layers} layers",
+        "transport": transport,
+        "ms": seconds * 1e3,
+        "gb_per_s": 2 * size / seconds / 1e9,
+    }
+    block = [transfer(prefill, decode, [3], [rng.randrange(blocks)]) for _ in range(repeats + 2)]
+    yield {"what": "one block, all layers", "ms": statistics.median(block[2:]) * 1e3}
+    if kills:
+        yield from killed(prefill, decode, child, rng, layout)
+    for one in multiprocessing.active_children():
+        one.kill()
 
-    half_way(prefill, decode, rng)
+
+def killed(
+    prefill: Child,
+    decode: Child,
+    child: Callable[[str, int], Child],
+    rng: random.Random,
+    layout: KVLayout,
+) -> Iterator[dict[str, Any]]:
+    """SIGKILL of either side in the middle of a push, and how the other one goes on."""
+    half_way(prefill, decode, rng, layout)
     killed_s = prefill.kill()
     ended_s = decode.do("ended", Outcome.LOST)
     released_s = decode.do("released")
     prefill = child("prefill", 3)
     transfer(prefill, decode, [1, 2], [7, 8])
     assert decode.do("same", 3, [1, 2], [7, 8]), "the survivor serves a new sender"
-    report.add("sender killed", ended_s=ended_s - killed_s, released_s=released_s - killed_s)
-
-    half_way(prefill, decode, rng)
+    yield {
+        "what": "sender killed",
+        "ended_s": ended_s - killed_s,
+        "released_s": released_s - killed_s,
+    }
+    half_way(prefill, decode, rng, layout)
     killed_s = decode.kill()
     ended_s = prefill.do("ended", Outcome.LOST)
     decode = child("decode", 4)
     transfer(prefill, decode, [5, 6], [1, 2])
     assert decode.do("same", 3, [5, 6], [1, 2]), "the survivor serves a new receiver"
-    report.add("receiver killed", ended_s=ended_s - killed_s)
-    for one in (prefill, decode):
-        one.kill()
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--json", type=Path, metavar="FILE")
-    parser.add_argument("--repeats", type=int, default=10)
-    parser.add_argument("--dry-run", action="store_true", help="over shared memory, without a GPU")
-    arguments = parser.parse_args()
-    try:
-        measure(Report(arguments.json), "cpu" if arguments.dry_run else "cuda", arguments.repeats)
-    finally:
-        for process in multiprocessing.active_children():
-            process.kill()
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    yield {"what": "receiver killed", "ended_s": ended_s - killed_s}

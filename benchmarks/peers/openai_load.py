@@ -10,6 +10,7 @@ import asyncio
 import json
 import random
 import statistics
+import sys
 import time
 from dataclasses import asdict, dataclass
 
@@ -33,7 +34,7 @@ class LoadResult:
     ttft_p90_ms: float
     tpot_p50_ms: float
     tpot_p90_ms: float
-    lost: int  # streams that ended before their last token
+    lost: int  # streams that ended, or hung, before their last token
 
     def as_json(self) -> dict[str, float]:
         return {name: round(value, 3) for name, value in asdict(self).items()}
@@ -44,14 +45,19 @@ class _Stream:
     ttft_s: float
     tpot_s: float
     num_tokens: int
+    end_s: float
 
 
-def run_load(port: int, model: str, load: Load, seed: int, limit_s: float = 300.0) -> LoadResult:
-    """Send the load to 127.0.0.1:`port`. A lost stream counts with the tokens it gave."""
-    return asyncio.run(asyncio.wait_for(_run(port, model, load, seed), limit_s))
+def run_load(port: int, model: str, load: Load, seed: int, limit_s: float = 60.0) -> LoadResult:
+    """Send the load to 127.0.0.1:`port`.
+
+    A stream that is refused, ends early, or has not ended by `limit_s` is lost, and neither its
+    tokens nor the wait for it count. Raises RuntimeError when none was whole.
+    """
+    return asyncio.run(_run(port, model, load, seed, limit_s))
 
 
-async def _run(port: int, model: str, load: Load, seed: int) -> LoadResult:
+async def _run(port: int, model: str, load: Load, seed: int, limit_s: float) -> LoadResult:
     draw = random.Random(seed)
     places = asyncio.Semaphore(load.concurrency)
     bodies = [
@@ -67,19 +73,24 @@ async def _run(port: int, model: str, load: Load, seed: int) -> LoadResult:
         for _ in range(load.num_requests)
     ]
 
-    async def one(body: dict[str, object]) -> _Stream:
-        async with places:
-            return await _stream(port, body)
-
     started_s = time.perf_counter()
+
+    async def one(body: dict[str, object]) -> _Stream | None:
+        try:
+            async with asyncio.timeout(started_s + limit_s - time.perf_counter()), places:
+                return await _stream(port, body)
+        except (OSError, RuntimeError, asyncio.IncompleteReadError) as error:
+            print(f"port {port}: a stream was lost: {error!r}", file=sys.stderr)
+            return None
+
     streams = await asyncio.gather(*(one(body) for body in bodies))
-    seconds = time.perf_counter() - started_s
-    whole = [s for s in streams if s.num_tokens == load.output_tokens]
+    whole = [s for s in streams if s is not None and s.num_tokens == load.output_tokens]
     if not whole:
         raise RuntimeError(f"none of {len(streams)} streams was whole")
+    seconds = max(s.end_s for s in whole) - started_s
     ttft, tpot = [s.ttft_s for s in whole], [s.tpot_s for s in whole]
     return LoadResult(
-        output_tokens_per_s=sum(s.num_tokens for s in streams) / seconds,
+        output_tokens_per_s=sum(s.num_tokens for s in whole) / seconds,
         requests_per_s=len(whole) / seconds,
         ttft_p50_ms=statistics.median(ttft) * 1e3,
         ttft_p90_ms=_p90(ttft) * 1e3,
@@ -117,7 +128,8 @@ async def _stream(port: int, body: dict[str, object]) -> _Stream:
     finally:
         writer.close()
     count = usage.get("completion_tokens", 0)
-    return _Stream(first_s - started_s, (last_s - first_s) / max(1, count - 1), count)
+    tpot_s = (last_s - first_s) / max(1, count - 1)
+    return _Stream(first_s - started_s, tpot_s, count, time.perf_counter())
 
 
 def _p90(values: list[float]) -> float:

@@ -19,7 +19,7 @@ import math
 import secrets
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,7 @@ from ...placement.workload_file import read_workload
 from ..cli import EXIT_OK, EXIT_RUNTIME
 from ..client import AsyncClient
 from ..loadgen.goodput import Goodput, Hopeless, Trial, find_goodput, held
-from ..loadgen.load import Run, offer
+from ..loadgen.load import Run, Sample, offer
 from ..loadgen.report import Report, render, report_of
 from ..loadgen.requests import requests_of
 from .status import to_text
@@ -182,12 +182,12 @@ class Bench:
             workload = replace(workload, output_tokens=short)
             for row in range(workload.num_requests):
                 one = workload.take(np.array([row]))
-                await self._offer(one, lambda _: True)
+                await self.offer(one)
 
     async def measure(self, workload: Workload, *, title: str) -> Report:
         """Offer a workload whole."""
         with _progress(title, workload.num_requests) as advance:
-            run = await self._offer(workload, lambda _: advance())
+            run = await self.offer(workload, lambda _: advance())
         return report_of(run, workload, self.settings.policy)
 
     async def trial(self, rate_rps: float) -> Trial:
@@ -196,7 +196,7 @@ class Bench:
         workload = settings.workload(rate_rps, fewest=FEWEST_REQUESTS)
         hopeless = Hopeless(workload, settings.policy)
         with _progress(f"{rate_rps:.2f} req/s", workload.num_requests) as advance:
-            run = await self._offer(workload, lambda sample: advance() and hopeless(sample))
+            run = await self.offer(workload, lambda sample: advance() and hopeless(sample))
         report = report_of(run, workload, settings.policy)
         await self.wait_idle()
         return Trial(
@@ -214,7 +214,10 @@ class Bench:
                 raise Unavailable(f"the cluster is not idle {IDLE_S:g} s after a trial")
             await asyncio.sleep(POLL_S)
 
-    async def _offer(self, workload: Workload, on_end: Any) -> Run:
+    async def offer(
+        self, workload: Workload, on_end: Callable[[Sample], bool] = lambda _: True
+    ) -> Run:
+        """Every request as it was answered; `on_end` sees each and returns whether to go on."""
         settings = self.settings
         self._loads += 1
         requests = requests_of(

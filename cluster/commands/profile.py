@@ -4,6 +4,9 @@ Loads the model of a cluster file as its workers do, with their device, threads,
 and times prompts over token counts and contexts and decoding over rows and contexts. No Ray, no
 network: the steps alone. Leave the machine to it meanwhile. Prints the fitted coefficients and how
 well points are predicted that the fit has not seen.
+
+With --step it starts a decode worker as it is in service, has it decode one full batch, and prints
+where a step's time goes: schedule, prepare, model, sample, emit, switch.
 """
 
 from __future__ import annotations
@@ -27,6 +30,7 @@ from ... import __version__
 from ...configs.errors import InvalidConfig
 from ...configs.load import load_cluster
 from ...configs.schema import ClusterConfig
+from ...engine.rank import resolve_dtype
 from ...engine.runner import Runner, build_runner
 from ...placement.fitting import Point, fit_coefficients, fit_knots, medians
 from ...placement.step_profile import ProfilePoint, StepProfile, write_profile
@@ -34,13 +38,15 @@ from ..checkpoint import resolve
 from ..cli import EXIT_OK, add_config_arguments
 from ..profiling.measure import Timed, measure
 from ..profiling.points import Room, Step, decode_steps, prefill_steps
+from ..profiling.step_parts import measure_step_parts
 from ..resources import worker_specs
 from ..spec import WorkerSpec
 from .status import to_text
 
 EXAMPLES = """\
   phasewise profile configs/local.yaml -o profile.json
-  phasewise profile configs/local.yaml -o profile.json --quick --set prefill.threads=2"""
+  phasewise profile configs/local.yaml -o profile.json --quick --set prefill.threads=2
+  phasewise profile configs/local.yaml --step --batch 64"""
 
 WITHIN_S, QUICK_S = 120.0, 20.0
 FOLDS = 8
@@ -50,7 +56,14 @@ PHASES = ("prefill", "decode")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_config_arguments(parser)
-    parser.add_argument("-o", "--output", metavar="PROFILE.json", type=Path, required=True)
+    parser.add_argument("-o", "--output", metavar="PROFILE.json", type=Path)
+    parser.add_argument(
+        "--step",
+        action="store_true",
+        help="instead, run a live decode worker and print where a step's time goes",
+    )
+    parser.add_argument("--batch", type=int, metavar="N", help="with --step: rows [max_batch_size]")
+    parser.add_argument("--steps", type=int, metavar="N", default=128, help="with --step [128]")
     parser.add_argument("--quick", action="store_true", help=f"a coarse grid, {QUICK_S:g} s")
     parser.add_argument("--within-s", type=float, metavar="S", help=f"time at most [{WITHIN_S:g}]")
     parser.add_argument("--json", action="store_true", help="print what was found as JSON")
@@ -58,9 +71,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     config = resolve(load_cluster(args.config, args.overrides))
+    if args.step:
+        return _step(config, args)
     within_s = args.within_s or (QUICK_S if args.quick else WITHIN_S)
     if not 0 < within_s <= 3600:
         raise InvalidConfig("--within-s", f"{within_s:g} s", "give 1 to 3600 seconds")
+    if args.output is None:
+        raise InvalidConfig("--output", "is missing", "name the file to write, as in -o p.json")
     if not args.output.resolve().parent.is_dir():
         raise InvalidConfig("--output", "its folder does not exist", "make it first")
     profile, left_out = profile_of(config, within_s=within_s, quick=args.quick)
@@ -71,6 +88,31 @@ def run(args: argparse.Namespace) -> int:
         print(json.dumps({**found, "fits": [fit.as_json() for fit in fits]}, indent=1))
     else:
         print(_text(profile, fits, left_out, args.output))
+    return EXIT_OK
+
+
+def _step(config: ClusterConfig, args: argparse.Namespace) -> int:
+    spec = _specs(config)["decode"]
+    if spec.num_ranks > 1:
+        raise InvalidConfig(
+            "decode.tensor_parallel, decode.pipeline_parallel",
+            "a step's parts are measured on one rank",
+            "set both to 1, as in --set decode.tensor_parallel=1",
+        )
+    found = measure_step_parts(
+        spec, batch=args.batch or config.decode.max_batch_size, steps=args.steps
+    )
+    if args.json:
+        print(json.dumps(found.as_json(), indent=1))
+        return EXIT_OK
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("part")
+    table.add_column("ms a step", justify="right")
+    for part, ms in found.parts_ms.items():
+        table.add_row(part, f"{ms:.3f}")
+    table.add_row("all but the model", f"{found.overhead_ms:.3f}")
+    head = f"{config.model.path.name}: {found.steps} decode steps of {found.rows:g} rows"
+    print(f"{head}\n{to_text(table)}")
     return EXIT_OK
 
 
@@ -105,7 +147,7 @@ def profile_of(
     return StepProfile(
         hardware=hardware,
         model=config.model.path.name,
-        dtype=runner.layout.dtype,
+        dtype=resolve_dtype(runner.spec, config.model.dtype),
         origin=f"measured {datetime.date.today()} by phasewise profile {__version__} on {hardware}",
         points=points,
     ), left_out
@@ -121,6 +163,7 @@ def _runner(spec: WorkerSpec) -> Runner:
     runner = build_runner(
         spec.model.path,
         dtype=spec.model.dtype,
+        kv_dtype=spec.kv.dtype,
         device=spec.pool.device,
         threads=spec.pool.threads or None,
         block_size=spec.kv.block_size,

@@ -35,7 +35,7 @@ from ...placement.simulator import simulate
 from ...placement.slo import SloPolicy, SloTargets
 from ...placement.step_profile import read_profile
 from ...placement.transfer import Link
-from ...placement.twin import shape_of_cluster, twin_of
+from ...placement.twin import shape_of_cluster, twin_of, with_targets
 from ...placement.twin_report import RANKS, TwinReport, report
 from ...placement.workload import WorkloadSpec
 from ...placement.workload_file import read_workload
@@ -138,6 +138,8 @@ def read_task(args: argparse.Namespace) -> Task:
             ttft_s=slo.ttft_ms / 1e3, tpot_s=slo.tpot_ms / 1e3, attainment=slo.attainment
         )
         policy = SloPolicy(default=targets, classes={})
+    else:
+        deployment = with_targets(deployment, policy)
     return Task(
         deployment=deployment,
         spec=spec,

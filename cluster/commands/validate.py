@@ -20,17 +20,26 @@ from ..cli import EXIT_INPUT, EXIT_OK, add_config_arguments
 EXAMPLES = """\
   phasewise validate configs/local.yaml
   phasewise validate configs/local.yaml --set kv.memory=64MiB --json
+  phasewise validate plan.yaml --without-weights --set model.path=configs/models/llama-3.1-8b
 """
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_config_arguments(parser)
+    parser.add_argument(
+        "--without-weights",
+        action="store_true",
+        help="for a file that another machine will launch: check it against the config.json in "
+        "model.path, and let the weights be elsewhere",
+    )
     parser.add_argument("--json", action="store_true", help="print the verdict as one JSON object")
 
 
 def run(args: argparse.Namespace) -> int:
     try:
-        config = resolve(load_cluster(args.config, args.overrides))
+        config = resolve(
+            load_cluster(args.config, args.overrides), with_weights=not args.without_weights
+        )
     except InvalidConfig as error:
         if not args.json:
             raise

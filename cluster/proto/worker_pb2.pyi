@@ -28,18 +28,20 @@ class WorkerRef(_message.Message):
     def __init__(self, name: _Optional[str] = ..., incarnation: _Optional[int] = ...) -> None: ...
 
 class TransferAddress(_message.Message):
-    __slots__ = ("worker", "host_id", "shm", "tcp", "ranks")
+    __slots__ = ("worker", "host_id", "shm", "tcp", "ranks", "holds")
     WORKER_FIELD_NUMBER: _ClassVar[int]
     HOST_ID_FIELD_NUMBER: _ClassVar[int]
     SHM_FIELD_NUMBER: _ClassVar[int]
     TCP_FIELD_NUMBER: _ClassVar[int]
     RANKS_FIELD_NUMBER: _ClassVar[int]
+    HOLDS_FIELD_NUMBER: _ClassVar[int]
     worker: WorkerRef
     host_id: str
     shm: str
     tcp: str
     ranks: _containers.RepeatedCompositeFieldContainer[TransferAddress]
-    def __init__(self, worker: _Optional[_Union[WorkerRef, _Mapping]] = ..., host_id: _Optional[str] = ..., shm: _Optional[str] = ..., tcp: _Optional[str] = ..., ranks: _Optional[_Iterable[_Union[TransferAddress, _Mapping]]] = ...) -> None: ...
+    holds: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, worker: _Optional[_Union[WorkerRef, _Mapping]] = ..., host_id: _Optional[str] = ..., shm: _Optional[str] = ..., tcp: _Optional[str] = ..., ranks: _Optional[_Iterable[_Union[TransferAddress, _Mapping]]] = ..., holds: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class Sampling(_message.Message):
     __slots__ = ("max_tokens", "min_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "logit_bias", "seed", "stop_token_ids", "ignore_eos", "logprobs")

@@ -1,8 +1,8 @@
-"""New keys and values into their blocks: plain, with norm and rotary positions on the way, or FP8.
+"""New keys and values into their blocks: plain, or with norm and rotary positions on the way.
 
 A slot is block * block_size + offset; a slot below zero is padding (of a CUDA graph's bucket) and
-writes nothing. The readable versions are `kernels.reference.append`, `rms_norm` and `rotate`, and
-`reference.append_fp8`.
+writes nothing. Into an FP8 layer a row goes under a scale of its own, quantised from what another
+layer would hold. The readable versions are `kernels.reference.append`, `rms_norm` and `rotate`.
 """
 
 # What a kernel's values are, Triton's decorators hide from a type checker.
@@ -15,14 +15,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..fp8 import E4M3
+from .e4m3 import head_stride, magnitude, scale_of, scaled, scales_or_layer
+
 _HEADS = 8  # heads a program of the fused kernel takes: 2 KiB of bfloat16 at dim 128
-_SMALLEST_EXPONENT = tl.constexpr(1)  # of a float32 that is not subnormal
-_E4M3_INVERSE = tl.constexpr(1 / 448.0)
 
 
 @triton.jit
 def append_kernel(
     kv,
+    scales,
     k,
     v,
     slots,
@@ -33,18 +35,33 @@ def append_kernel(
     DIM: tl.constexpr,
     DIM_PAD: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
+    HEAD_STRIDE: tl.constexpr,
+    FP8: tl.constexpr,
+    INTERPRETED: tl.constexpr,
 ) -> None:
     token = tl.program_id(0).to(tl.int64)
     slot = tl.load(slots + token)
     heads = tl.arange(0, HEADS_PAD)[:, None]
     dims = tl.arange(0, DIM_PAD)[None, :]
     cells = (heads < tl.where(slot >= 0, KV_HEADS, 0)) & (dims < DIM)
-    SIDE: tl.constexpr = KV_HEADS * BLOCK_SIZE * DIM
-    line = slot // BLOCK_SIZE * (2 * SIDE) + slot % BLOCK_SIZE * DIM
-    target = kv + line + heads * (BLOCK_SIZE * DIM) + dims
+    SIDE: tl.constexpr = KV_HEADS * HEAD_STRIDE
+    tile = slot // BLOCK_SIZE * (2 * SIDE) + heads * HEAD_STRIDE
+    target = kv + tile + slot % BLOCK_SIZE * DIM + dims
     source = heads * DIM + dims
-    tl.store(target, tl.load(k + token * k_stride + source, mask=cells), mask=cells)
-    tl.store(target + SIDE, tl.load(v + token * v_stride + source, mask=cells), mask=cells)
+    key = tl.load(k + token * k_stride + source, mask=cells, other=0.0)
+    value = tl.load(v + token * v_stride + source, mask=cells, other=0.0)
+    if FP8:
+        own_scales = scales + tile + slot % BLOCK_SIZE
+        own = heads < tl.where(slot >= 0, KV_HEADS, 0)
+        key, value = key.to(tl.float32), value.to(tl.float32)
+        key_scale = scale_of(tl.max(magnitude(key), 1, keep_dims=True))
+        value_scale = scale_of(tl.max(magnitude(value), 1, keep_dims=True))
+        tl.store(own_scales, key_scale.to(tl.uint8), mask=own)
+        tl.store(own_scales + SIDE, value_scale.to(tl.uint8), mask=own)
+        key = scaled(key, key_scale, INTERPRETED).to(kv.dtype.element_ty)
+        value = scaled(value, value_scale, INTERPRETED).to(kv.dtype.element_ty)
+    tl.store(target, key, mask=cells)
+    tl.store(target + SIDE, value, mask=cells)
 
 
 def append(kv: Tensor, k: Tensor, v: Tensor, slots: Tensor) -> None:
@@ -53,11 +70,12 @@ def append(kv: Tensor, k: Tensor, v: Tensor, slots: Tensor) -> None:
     `kv` [blocks, 2, kv_heads, block_size, dim] is one layer of the pool.
     """
     tokens, kv_heads, dim = k.shape
-    assert k.stride(1) == dim and v.stride(1) == dim and kv.is_contiguous()
+    assert k.stride(1) == dim and v.stride(1) == dim
     if tokens == 0:
         return
     append_kernel[(tokens,)](
         kv,
+        scales_or_layer(kv),
         k,
         v,
         slots,
@@ -68,6 +86,9 @@ def append(kv: Tensor, k: Tensor, v: Tensor, slots: Tensor) -> None:
         DIM=dim,
         DIM_PAD=triton.next_power_of_2(dim),
         BLOCK_SIZE=kv.shape[3],
+        HEAD_STRIDE=head_stride(kv),
+        FP8=kv.dtype == E4M3,
+        INTERPRETED=k.device.type == "cpu",
         num_warps=4 if kv_heads * dim >= 512 else 1,
         enable_fp_fusion=False,
     )
@@ -75,25 +96,12 @@ def append(kv: Tensor, k: Tensor, v: Tensor, slots: Tensor) -> None:
 
 @triton.jit
 def rope_append_kernel(
-    qkv,
-    kv,
-    slots,
-    positions,
-    angles,
-    q_weight,
-    k_weight,
-    eps,
-    qkv_stride,
-    HEADS: tl.constexpr,
-    KV_HEADS: tl.constexpr,
-    HALF: tl.constexpr,
-    HALF_PAD: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr,
+    qkv, kv, scales, slots, positions, angles, q_weight, k_weight, eps, qkv_stride,
+    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HALF: tl.constexpr, HALF_PAD: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr, HEAD_STRIDE: tl.constexpr,
     TAKEN: tl.constexpr,  # heads a program takes
-    NORMED: tl.constexpr,
-    ROTATED: tl.constexpr,
-    STORED: tl.constexpr,
-) -> None:
+    NORMED: tl.constexpr, ROTATED: tl.constexpr, FP8: tl.constexpr, INTERPRETED: tl.constexpr,
+) -> None:  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1) * TAKEN + tl.arange(0, TAKEN)[:, None]
     dims = tl.arange(0, HALF_PAD)[None, :]
@@ -122,22 +130,29 @@ def rope_append_kernel(
         sin = tl.load(turn + HALF, mask=turned & cells, other=0.0)
         left, right = left * cos - right * sin, right * cos + left * sin
     slot = tl.load(slots + token)
-    SIDE: tl.constexpr = KV_HEADS * BLOCK_SIZE * DIM
-    line = slot // BLOCK_SIZE * (2 * SIDE) + slot % BLOCK_SIZE * DIM
     # Keys and then values of a block lie head by head, as they do in `qkv`.
-    target = kv + line + (head - HEADS) * (BLOCK_SIZE * DIM) + dims
-    stays = cells & (is_query if STORED else turned)
-    tl.store(source, left.to(kind), mask=stays)
-    tl.store(source + HALF, right.to(kind), mask=stays)
-    if STORED:
-        moves = cells & (head >= tl.where(slot >= 0, HEADS, HEADS + 2 * KV_HEADS))
-        tl.store(target, left.to(kind), mask=moves)
-        tl.store(target + HALF, right.to(kind), mask=moves)
+    tile = slot // BLOCK_SIZE * (2 * KV_HEADS * HEAD_STRIDE) + (head - HEADS) * HEAD_STRIDE
+    target = kv + tile + slot % BLOCK_SIZE * DIM + dims
+    left, right = left.to(kind), right.to(kind)
+    tl.store(source, left, mask=cells & is_query)
+    tl.store(source + HALF, right, mask=cells & is_query)
+    first = tl.where(slot >= 0, HEADS, HEADS + 2 * KV_HEADS)
+    moves = cells & (head >= first)
+    if FP8:
+        left, right = left.to(tl.float32), right.to(tl.float32)
+        largest = tl.max(tl.maximum(magnitude(left), magnitude(right)), 1, keep_dims=True)
+        scale = scale_of(largest)
+        own = (head >= first) & (head < HEADS + 2 * KV_HEADS)
+        tl.store(scales + tile + slot % BLOCK_SIZE, scale.to(tl.uint8), mask=own)
+        left = scaled(left, scale, INTERPRETED).to(kv.dtype.element_ty)
+        right = scaled(right, scale, INTERPRETED).to(kv.dtype.element_ty)
+    tl.store(target, left, mask=moves)
+    tl.store(target + HALF, right, mask=moves)
 
 
 def rope_append(
     qkv: Tensor,
-    kv: Tensor | None,
+    kv: Tensor,
     slots: Tensor,
     positions: Tensor,
     angles: Tensor | None,
@@ -153,7 +168,6 @@ def rope_append(
     `qkv` [tokens, (heads + 2 kv_heads) * dim] as the fused projection puts it out; `slots` and
     `positions` int64 [tokens]; `angles` float32 [max_positions, dim] (cosines, then sines) or
     None for a model without rotary positions; `q_weight`, `k_weight` [dim] both or neither.
-    `kv` None: k is written back in place as q is (what an FP8 append then reads).
     """
     tokens, width = qkv.shape
     half = width // (heads + 2 * kv_heads) // 2
@@ -162,7 +176,8 @@ def rope_append(
         return
     rope_append_kernel[(tokens, triton.cdiv(heads + 2 * kv_heads, _HEADS))](
         qkv,
-        qkv if kv is None else kv,
+        kv,
+        scales_or_layer(kv),
         slots,
         positions,
         qkv if angles is None else angles,
@@ -174,122 +189,13 @@ def rope_append(
         KV_HEADS=kv_heads,
         HALF=half,
         HALF_PAD=triton.next_power_of_2(half),
-        BLOCK_SIZE=1 if kv is None else kv.shape[3],
+        BLOCK_SIZE=kv.shape[3],
+        HEAD_STRIDE=head_stride(kv),
         TAKEN=_HEADS,
         NORMED=q_weight is not None,
         ROTATED=angles is not None,
-        STORED=kv is not None,
+        FP8=kv.dtype == E4M3,
+        INTERPRETED=qkv.device.type == "cpu",
         num_warps=2,
         enable_fp_fusion=False,  # rounds as the reference does
-    )
-
-
-@triton.jit
-def _to_e4m3_grid(x):
-    """float32 x rounded to the nearest value of e4m3, ties to even.
-
-    What the conversion does on a GPU; Triton's interpreter drops the carry out of the mantissa.
-    """
-    bits = x.to(tl.int32, bitcast=True)
-    normal = ((bits + 0x7FFFF + ((bits >> 20) & 1)) & ~0xFFFFF).to(tl.float32, bitcast=True)
-    subnormal = (x + 24576.0) - 24576.0  # 1.5 * 2**14: what is left has steps of 2**-9
-    return tl.where(tl.abs(x) < 0.015625, subnormal, normal)
-
-
-@triton.jit
-def append_fp8_kernel(
-    kv,
-    scales,
-    k,
-    v,
-    tables,
-    token_starts,
-    lengths,
-    k_stride,
-    v_stride,
-    table_stride,
-    KV_HEADS: tl.constexpr,
-    DIM: tl.constexpr,
-    DIM_PAD: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr,
-    SIZE_PAD: tl.constexpr,
-    INTERPRETED: tl.constexpr,
-) -> None:
-    row = tl.program_id(0)
-    begin = tl.load(token_starts + row)
-    count = tl.load(token_starts + row + 1) - begin
-    start = tl.load(lengths + row) - count
-    index = start // BLOCK_SIZE + tl.program_id(1)
-    if (count == 0) | (index * BLOCK_SIZE >= start + count):
-        return
-    side = tl.program_id(2)  # key heads, then value heads
-    block = tl.load(tables + row.to(tl.int64) * table_stride + index).to(tl.int64)
-    here = block * (2 * KV_HEADS) + side
-    position = index * BLOCK_SIZE + tl.arange(0, SIZE_PAD)[:, None]
-    inside = tl.arange(0, SIZE_PAD)[:, None] < BLOCK_SIZE
-    dims = tl.arange(0, DIM_PAD)[None, :]
-    is_old = inside & (position < start) & (dims < DIM)
-    is_new = inside & (position >= start) & (position < start + count) & (dims < DIM)
-    token = (begin + position - start).to(tl.int64)
-    is_key = side < KV_HEADS
-    source = tl.where(is_key, k + token * k_stride, v + token * v_stride)
-    source += side % KV_HEADS * DIM + dims
-    new = tl.load(source, mask=is_new, other=0.0).to(tl.float32)
-    largest = tl.max(tl.max(tl.abs(new), 1), 0) * _E4M3_INVERSE
-    exponent = (largest.to(tl.int32, bitcast=True) + 0x7FFFFF) >> 23
-    scale = (tl.maximum(exponent, _SMALLEST_EXPONENT) << 23).to(tl.float32, bitcast=True)
-    old_scale = tl.load(scales + here)
-    old_scale = tl.where(index * BLOCK_SIZE < start, old_scale, 0.0)
-    scale = tl.maximum(scale, old_scale)
-    target = kv + here * (BLOCK_SIZE * DIM) + tl.arange(0, SIZE_PAD)[:, None] * DIM + dims
-    old = tl.load(target, mask=is_old, other=0.0).to(tl.float32)
-    both = tl.where(is_old, old * old_scale, new) / scale
-    if INTERPRETED:
-        both = _to_e4m3_grid(both)
-    tl.store(target, both.to(kv.dtype.element_ty), mask=is_old | is_new)
-    tl.store(scales + here, scale)
-
-
-def append_fp8(
-    kv: Tensor,
-    scales: Tensor,
-    k: Tensor,
-    v: Tensor,
-    tables: Tensor,
-    token_starts: Tensor,
-    lengths: Tensor,
-    *,
-    max_count: int,
-) -> None:
-    """Quantise each row's new k, v [tokens, kv_heads, dim] into its last positions.
-
-    `kv` float8_e4m3fn [blocks, 2, kv_heads, block_size, dim], `scales` float32 [blocks, 2,
-    kv_heads], a power of two each; rows as in `prefill_attention`, `lengths` with the new tokens.
-    `max_count`: at least the most tokens a row appends. A block whose scale must grow is
-    quantised again, so a block must belong to one row.
-    """
-    _, kv_heads, dim = k.shape
-    size = kv.shape[3]
-    assert k.stride(1) == dim and v.stride(1) == dim and kv.is_contiguous()
-    if lengths.shape[0] == 0 or max_count == 0:
-        return
-    append_fp8_kernel[(lengths.shape[0], (max_count + size - 2) // size + 1, 2 * kv_heads)](
-        kv,
-        scales,
-        k,
-        v,
-        tables,
-        token_starts,
-        lengths,
-        k.stride(0),
-        v.stride(0),
-        tables.stride(0),
-        KV_HEADS=kv_heads,
-        DIM=dim,
-        DIM_PAD=triton.next_power_of_2(dim),
-        BLOCK_SIZE=size,
-        SIZE_PAD=triton.next_power_of_2(size),
-        INTERPRETED=k.device.type == "cpu",
-        num_warps=2,
-        enable_fp_fusion=False,
     )

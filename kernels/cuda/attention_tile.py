@@ -13,6 +13,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .e4m3 import power_of
+
 LOG2E = tl.constexpr(1.4426950408889634)
 
 
@@ -20,25 +22,26 @@ LOG2E = tl.constexpr(1.4426950408889634)
 def attend_tile(
     query, state, kv, scales, block, position, known, visible, scale, kv_head,
     KV_HEADS: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr, BLOCK_SIZE: tl.constexpr,
-    SOFT_CAP: tl.constexpr, FP8: tl.constexpr, MASKED: tl.constexpr,
+    HEAD_STRIDE: tl.constexpr, SOFT_CAP: tl.constexpr, FP8: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Fold one tile of the context into `state` (maxima [M], sums [M], acc [M, DIM_PAD]).
 
     `query` [M, DIM_PAD]; the tile's keys stand at `position` [N] in `block` int64 [N]; those that
     are not `known` [N] are never read. Where MASKED, `visible` [M, N] or [1, N] says who sees
-    what. `scales` [blocks, 2, KV_HEADS] is read where FP8.
+    what. HEAD_STRIDE items lie between two heads' tiles in a block. `scales`, bytes that begin in
+    the first tile of the layer, is read where FP8.
     """
-    SIDE: tl.constexpr = KV_HEADS * BLOCK_SIZE * DIM
+    SIDE: tl.constexpr = KV_HEADS * HEAD_STRIDE
     dims = tl.arange(0, DIM_PAD)
-    line = block * (2 * SIDE) + kv_head * (BLOCK_SIZE * DIM) + position % BLOCK_SIZE * DIM
-    at = line[:, None] + dims[None, :]
+    tile = block * (2 * SIDE) + kv_head * HEAD_STRIDE
+    at = (tile + position % BLOCK_SIZE * DIM)[:, None] + dims[None, :]
     there = known[:, None] & (dims < DIM)[None, :]
     k = tl.load(kv + at, mask=there, other=0.0).to(query.dtype)
     v = tl.load(kv + SIDE + at, mask=there, other=0.0).to(query.dtype)
     scores = tl.dot(query, tl.trans(k), input_precision="ieee") * scale
-    side = scales + block * (2 * KV_HEADS) + kv_head
+    own_scales = scales + tile + position % BLOCK_SIZE
     if FP8:
-        scores *= tl.load(side, mask=known, other=0.0)[None, :]
+        scores *= power_of(tl.load(own_scales, mask=known, other=0))[None, :]
     if SOFT_CAP > 0:
         scores = _capped(scores, SOFT_CAP)
     scores *= LOG2E
@@ -52,7 +55,7 @@ def attend_tile(
     weights = tl.exp2(scores - safe[:, None])
     sums = sums * decay + tl.sum(weights, 1)
     if FP8:
-        weights *= tl.load(side + KV_HEADS, mask=known, other=0.0)[None, :]
+        weights *= power_of(tl.load(own_scales + SIDE, mask=known, other=0))[None, :]
     acc = tl.dot(weights.to(v.dtype), v, acc * decay[:, None], input_precision="ieee")
     return new_maxima, sums, acc
 

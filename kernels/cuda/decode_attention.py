@@ -22,19 +22,22 @@ import triton.language as tl
 from torch import Tensor
 from triton import next_power_of_2
 
+from ..fp8 import E4M3
 from .attention_tile import attend_tile, empty_state
+from .e4m3 import head_stride, scales_or_layer
 
 NO_WINDOW = 2**31 - 1
 _CHUNK = tl.constexpr(16)  # splits that the join reads at a time
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_splits"])
 def decode_kernel(
     out, log_sums, q, kv, scales, tables, lengths,
     q_stride, table_stride, scale, window, num_splits,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, GROUP_PAD: tl.constexpr,
     DIM: tl.constexpr, DIM_PAD: tl.constexpr, BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr,
-    SOFT_CAP: tl.constexpr, FP8: tl.constexpr, SPLIT: tl.constexpr, WIDE: tl.constexpr,
+    HEAD_STRIDE: tl.constexpr, SOFT_CAP: tl.constexpr, FP8: tl.constexpr, SPLIT: tl.constexpr,
+    WIDE: tl.constexpr,
 ) -> None:  # fmt: skip
     """`out` [rows, heads, dim]; where SPLIT, float32 [rows, heads, splits, dim], with the log2 of
     the softmax sums in `log_sums` [rows, heads, splits]. WIDE: products in float32, because
@@ -73,7 +76,7 @@ def decode_kernel(
         coming = tl.load(table + ahead // BLOCK_SIZE, mask=ahead < length, other=0)
         state = attend_tile(
             query, state, kv, scales, block, position, seen, seen[None, :], scale, kv_head,
-            KV_HEADS, DIM, DIM_PAD, BLOCK_SIZE, SOFT_CAP, FP8, True,
+            KV_HEADS, DIM, DIM_PAD, BLOCK_SIZE, HEAD_STRIDE, SOFT_CAP, FP8, True,
         )  # fmt: skip
 
     maxima, sums, acc = state
@@ -85,7 +88,7 @@ def decode_kernel(
     tl.store(out + line[:, None] * DIM + dims[None, :], acc.to(out.dtype.element_ty), mask=cells)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_splits"])
 def join_kernel(
     out,  # [rows, heads, dim]
     parts,  # float32 [rows, heads, splits, dim]
@@ -156,23 +159,25 @@ def decode_attention(
     scale: float,
     window: int = 0,
     soft_cap: float = 0.0,
-    scales: Tensor | None = None,
     num_splits: int = 1,
     tiling: DecodeTiling | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
-    """Attention of q [rows, heads, dim] (rows may be strided) over a layer's blocks.
+    """Attention of q [rows, heads, dim] (rows may be strided) over a layer's blocks, into `out`.
 
     `kv` [blocks, 2, kv_heads, block_size, dim]; `tables` int32 [rows, max_blocks], of which only
     the entries that cover visible positions are read; `lengths` int32 [rows] counts the query's
     own token, already appended; a row of length 0 gives zeros. `window` 0: the whole context.
-    `scales` float32 [blocks, 2, kv_heads] goes with a float8_e4m3fn `kv`. Nothing waits.
+    A float8_e4m3fn `kv` has its scales between its tiles (`kernels.fp8`). Nothing waits.
     """
     rows, heads, dim = q.shape
-    assert q.stride(2) == 1 and q.stride(1) == dim and kv.is_contiguous(), "heads lie side by side"
+    assert q.stride(2) == 1 and q.stride(1) == dim, "heads lie side by side"
     _, _, kv_heads, block_size, _ = kv.shape
-    fp8, split = scales is not None, num_splits > 1
+    fp8, split = kv.dtype == E4M3, num_splits > 1
     tiling = tiling or DecodeTiling.of(dim, fp8=fp8)
-    out = torch.empty((rows, heads, dim), dtype=q.dtype, device=q.device)
+    if out is None:
+        out = torch.empty((rows, heads, dim), dtype=q.dtype, device=q.device)
+    assert out.is_contiguous() and out.shape == q.shape
     if rows == 0:
         return out
     parts, log_sums = out, lengths
@@ -180,10 +185,11 @@ def decode_attention(
         parts = out.new_empty((rows, heads, num_splits, dim), dtype=torch.float32)
         log_sums = out.new_empty((rows, heads, num_splits), dtype=torch.float32)
     decode_kernel[(kv_heads, num_splits, rows)](
-        parts, log_sums, q, kv, scales if fp8 else kv, tables, lengths,
+        parts, log_sums, q, kv, scales_or_layer(kv), tables, lengths,
         q.stride(0), tables.stride(0), scale, window or NO_WINDOW, num_splits,
         HEADS=heads, KV_HEADS=kv_heads, GROUP_PAD=max(16, next_power_of_2(heads // kv_heads)),
-        DIM=dim, DIM_PAD=next_power_of_2(dim), BLOCK_SIZE=block_size, TILE=tiling.tile,
+        DIM=dim, DIM_PAD=next_power_of_2(dim), BLOCK_SIZE=block_size,
+        HEAD_STRIDE=head_stride(kv), TILE=tiling.tile,
         SOFT_CAP=soft_cap, FP8=fp8, SPLIT=split,
         WIDE=q.device.type == "cpu" and q.dtype == torch.bfloat16,
         num_warps=tiling.num_warps, num_stages=tiling.num_stages, enable_fp_fusion=True,

@@ -2,7 +2,8 @@
 
 Slots (token, chosen expert) are sorted by expert. Tiles of slots find their expert on the device,
 read their tokens through `rows` without a gathered copy, and an expert without tokens costs one
-program that leaves at once. The readable version is `reference.grouped_matmul`.
+program that leaves at once. The readable versions are `reference.grouped_matmul` and, of a whole
+mixture, `..experts.by_loop`.
 """
 
 # What a kernel's values are, Triton's decorators hide from a type checker.
@@ -18,6 +19,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..experts import Routing
+from .activations import silu_mul
 from .ragged import find_row, num_tiles
 
 
@@ -128,3 +131,16 @@ def grouped_matmul(
         enable_fp_fusion=True,
     )
     return out
+
+
+def mixture(
+    x: Tensor,  # [tokens, hidden]
+    gate_up: Tensor,  # [experts, 2 * inner, hidden]
+    down: Tensor,  # [experts, hidden, inner]
+    routing: Routing,
+) -> Tensor:  # [tokens, hidden]
+    """Weighted sums over each token's experts; weighed in float32, then rounded, summed in it."""
+    inner = silu_mul(grouped_matmul(x, gate_up, routing.rows, routing.starts))
+    slots = torch.arange(len(inner), dtype=torch.int32, device=x.device)
+    out = grouped_matmul(inner, down, slots, routing.starts, factors=routing.factors)
+    return out[routing.places].sum(dim=1)

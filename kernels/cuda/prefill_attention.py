@@ -22,8 +22,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..fp8 import E4M3
 from .attention_tile import attend_tile, empty_state
 from .decode_attention import NO_WINDOW
+from .e4m3 import head_stride, scales_or_layer
 from .ragged import find_row, num_tiles
 
 
@@ -31,7 +33,8 @@ from .ragged import find_row, num_tiles
 def _visit(
     query, state, tile, at_position, first, kv, scales, table, kv_head, length, scale, window,
     KV_HEADS: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr, BLOCK_SIZE: tl.constexpr,
-    TILE: tl.constexpr, SOFT_CAP: tl.constexpr, FP8: tl.constexpr, MASKED: tl.constexpr,
+    HEAD_STRIDE: tl.constexpr, TILE: tl.constexpr, SOFT_CAP: tl.constexpr, FP8: tl.constexpr,
+    MASKED: tl.constexpr,
 ):  # fmt: skip
     """Fold the keys of one tile into `state`; MASKED where not every query sees all of them."""
     position = tile * TILE + tl.arange(0, TILE)
@@ -43,18 +46,19 @@ def _visit(
     behind = at_position[:, None] - position[None, :]
     return attend_tile(
         query, state, kv, scales, block, position, known, (behind >= 0) & (behind < window),
-        scale, kv_head, KV_HEADS, DIM, DIM_PAD, BLOCK_SIZE, SOFT_CAP, FP8, MASKED,
+        scale, kv_head, KV_HEADS, DIM, DIM_PAD, BLOCK_SIZE, HEAD_STRIDE, SOFT_CAP, FP8, MASKED,
     )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def prefill_kernel(
     out, q, kv, scales, tables, token_starts, lengths,
     num_rows, q_stride, out_stride, table_stride, scale, window,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, GROUP_PAD: tl.constexpr,
     DIM: tl.constexpr, DIM_PAD: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     POSITIONS: tl.constexpr, TILE: tl.constexpr,
-    SOFT_CAP: tl.constexpr, FP8: tl.constexpr, WINDOWED: tl.constexpr, WIDE: tl.constexpr,
+    HEAD_STRIDE: tl.constexpr, SOFT_CAP: tl.constexpr, FP8: tl.constexpr, WINDOWED: tl.constexpr,
+    WIDE: tl.constexpr,
 ) -> None:  # fmt: skip
     """POSITIONS queries of GROUP_PAD heads a program. WIDE: products in float32, because Triton's
     interpreter is wrong in bfloat16. The rest as in `prefill_attention`.
@@ -92,13 +96,13 @@ def prefill_kernel(
         for tile in range(diagonal):
             state = _visit(
                 query, state, tile, at_position, first, kv, scales, table, kv_head, length, scale,
-                window, KV_HEADS, DIM, DIM_PAD, BLOCK_SIZE, TILE, SOFT_CAP, FP8, False,
+                window, KV_HEADS, DIM, DIM_PAD, BLOCK_SIZE, HEAD_STRIDE, TILE, SOFT_CAP, FP8, False,
             )  # fmt: skip
         low = diagonal
     for tile in range(low, tl.cdiv(tl.minimum(length, first + POSITIONS), TILE)):
         state = _visit(
             query, state, tile, at_position, first, kv, scales, table, kv_head, length, scale,
-            window, KV_HEADS, DIM, DIM_PAD, BLOCK_SIZE, TILE, SOFT_CAP, FP8, True,
+            window, KV_HEADS, DIM, DIM_PAD, BLOCK_SIZE, HEAD_STRIDE, TILE, SOFT_CAP, FP8, True,
         )  # fmt: skip
     _, sums, acc = state
     acc = acc / tl.where(sums > 0, sums, 1.0)[:, None]
@@ -132,32 +136,36 @@ def prefill_attention(
     scale: float,
     window: int = 0,
     soft_cap: float = 0.0,
-    scales: Tensor | None = None,
     tiling: PrefillTiling | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
-    """Attention of q [tokens, heads, dim] (tokens may be strided) over a layer's blocks.
+    """Attention of q [tokens, heads, dim] (tokens may be strided) over a layer's blocks, into
+    `out`.
 
     Row r's queries are tokens `[token_starts[r], token_starts[r + 1])` (int32 [rows + 1]) and the
     last positions of its context of `lengths[r]` (int32 [rows]), whose keys and values are in
     `kv` [blocks, 2, kv_heads, block_size, dim] under `tables` int32 [rows, max_blocks]. Rows may
     be empty. Tokens behind the last row are not written. `window` 0: the whole context.
-    `scales` float32 [blocks, 2, kv_heads] goes with a float8_e4m3fn `kv`. Nothing waits.
+    A float8_e4m3fn `kv` has its scales between its tiles (`kernels.fp8`). Nothing waits.
     """
     tokens, heads, dim = q.shape
-    assert q.stride(2) == 1 and q.stride(1) == dim and kv.is_contiguous(), "heads lie side by side"
+    assert q.stride(2) == 1 and q.stride(1) == dim, "heads lie side by side"
     _, _, kv_heads, block_size, _ = kv.shape
     tiling = tiling or PrefillTiling.of(dim)
     group_pad = triton.next_power_of_2(heads // kv_heads)
     positions = max(1, tiling.rows // group_pad)
-    out = torch.empty((tokens, heads, dim), dtype=q.dtype, device=q.device)
-    num_rows, fp8 = lengths.shape[0], scales is not None
+    if out is None:
+        out = torch.empty((tokens, heads, dim), dtype=q.dtype, device=q.device)
+    assert out.is_contiguous() and out.shape == q.shape
+    num_rows, fp8 = lengths.shape[0], kv.dtype == E4M3
     if tokens == 0:
         return out
     prefill_kernel[(kv_heads, num_tiles(tokens, num_rows, positions))](
-        out, q, kv, scales if fp8 else kv, tables, token_starts, lengths,
+        out, q, kv, scales_or_layer(kv), tables, token_starts, lengths,
         num_rows, q.stride(0), out.stride(0), tables.stride(0), scale, window or NO_WINDOW,
         HEADS=heads, KV_HEADS=kv_heads, GROUP_PAD=group_pad,
         DIM=dim, DIM_PAD=triton.next_power_of_2(dim), BLOCK_SIZE=block_size,
+        HEAD_STRIDE=head_stride(kv),
         POSITIONS=positions, TILE=tiling.tile,
         SOFT_CAP=soft_cap, FP8=fp8, WINDOWED=window > 0,
         WIDE=q.device.type == "cpu" and q.dtype == torch.bfloat16,

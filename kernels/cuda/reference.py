@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-E4M3_MAX = 448.0  # largest finite float8_e4m3fn
+from .. import fp8
 
 
 def wide(x: Tensor) -> Tensor:
@@ -26,11 +26,10 @@ def attend_rows(
     scale: float,
     window: int = 0,
     soft_cap: float = 0.0,
-    scales: Tensor | None = None,
 ) -> Tensor:
     """Causal attention of ragged rows over their blocks, row by row, everything gathered."""
     out = torch.zeros_like(q)
-    pool = wide(kv) if scales is None else dequantise(kv, scales)
+    pool = fp8.dequantise(kv, fp8.scales_of(kv)) if kv.dtype == fp8.E4M3 else wide(kv)
     group = q.shape[1] // kv.shape[2]
     for row, length in enumerate(lengths.tolist()):
         begin, end = token_starts[row : row + 2].tolist()
@@ -52,55 +51,6 @@ def attend_rows(
         visible = v.to(query.dtype).masked_fill(hidden.all(dim=0)[:, None], 0)
         out[begin:end] = (weights @ visible).transpose(0, 1).to(q.dtype)
     return out
-
-
-def dequantise(kv: Tensor, scales: Tensor) -> Tensor:
-    """float32 of `kv` float8_e4m3fn [blocks, 2, kv_heads, size, dim] under its `scales`."""
-    return kv.float() * scales[..., None, None]
-
-
-def power_of_two_scale(largest: Tensor) -> Tensor:
-    """The smallest power of two (at least 2**-126) that brings `largest` (float32) into e4m3.
-
-    A floating-point format loses nothing by a power of two but range, and growing such a scale
-    later is exact for all values that stay normal: what a block holds then (almost) does not
-    depend on the steps in which it was filled.
-    """
-    ratio = largest.float() * (1 / E4M3_MAX)
-    exponent = ((ratio.view(torch.int32) + 0x7FFFFF) >> 23).clamp(min=1)
-    return (exponent << 23).view(torch.float32)
-
-
-def append_fp8(
-    kv: Tensor,
-    scales: Tensor,
-    k: Tensor,
-    v: Tensor,
-    tables: Tensor,
-    token_starts: Tensor,
-    lengths: Tensor,
-) -> None:
-    """Quantise each row's new k, v [tokens, kv_heads, dim] into its last positions.
-
-    A block's scale, one a side and head, grows with what is appended and then its older values
-    are quantised again; it starts anew with the block's first position.
-    """
-    size = kv.shape[3]
-    for row, length in enumerate(lengths.tolist()):
-        begin, end = token_starts[row : row + 2].tolist()
-        start = length - (end - begin)
-        for index in range(start // size, -(-length // size) if end > begin else 0):
-            low, high = max(start, index * size), min(length, (index + 1) * size)
-            first = begin + low - start
-            block, place = int(tables[row, index]), low - index * size
-            for side, source in enumerate((k, v)):
-                new = source[first : first + high - low].float().transpose(0, 1)
-                old_scale = scales[block, side] if place else torch.zeros_like(scales[block, side])
-                scale = torch.maximum(power_of_two_scale(new.abs().amax((1, 2))), old_scale)
-                old = kv[block, side, :, :place].float() * old_scale[:, None, None]
-                both = torch.cat((old, new), dim=1) / scale[:, None, None]
-                kv[block, side, :, : place + high - low] = both.to(torch.float8_e4m3fn)
-                scales[block, side] = scale
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
@@ -126,3 +76,28 @@ def grouped_matmul(x: Tensor, weights: Tensor, rows: Tensor, starts: Tensor) -> 
         chosen = wide(x[rows[begin:end].long()])
         out[begin:end] = (chosen @ wide(weights[expert]).T).to(x.dtype)
     return out
+
+
+def apply_changes(
+    columns: Tensor, tables: Tensor, changes: Tensor, *, num_rows: int, num_entries: int
+) -> None:
+    """Unpack `changes`: slots, fields of the slots, places in the tables, block ids."""
+    fields = columns.shape[0]
+    slots, values = changes[: (1 + fields) * num_rows].view(1 + fields, num_rows).split((1, fields))
+    columns[:, slots[0]] = values
+    places, blocks = changes[(1 + fields) * num_rows :][: 2 * num_entries].view(2, num_entries)
+    tables.view(-1)[places] = blocks.int()
+
+
+def locate(positions: Tensor, tables: Tensor, *, block_size: int) -> tuple[Tensor, Tensor, Tensor]:
+    """KV slots, lengths and angles of rows whose next token stands at `positions` int64 [rows]."""
+    here = positions.clamp(min=0)
+    blocks = tables[torch.arange(len(positions)), here // block_size].long()
+    slots = blocks * block_size + here % block_size
+    return slots.masked_fill(positions < 0, -1), (positions + 1).int(), here
+
+
+def advance(positions: Tensor, tokens: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
+    """Positions and tokens of the next step, where padding (below zero) stays."""
+    is_live = positions >= 0
+    return positions + is_live, torch.where(is_live, chosen, tokens)

@@ -61,8 +61,11 @@ def keys_kernel(
 ) -> None:
     row = tl.program_id(0).to(tl.int64)
     place = tl.program_id(1) * TILE + tl.arange(0, TILE)
+    given = tl.load(temperatures + row)
+    if given == 0:
+        return
+    temperature = tl.maximum(given.to(tl.float32), _TINY)
     value = tl.load(logits + row * stride + place, mask=place < vocab, other=float("-inf"))
-    temperature = tl.maximum(tl.load(temperatures + row), _TINY)
     weight = tl.exp(tl.div_rn(value.to(tl.float32) - tl.load(maxima + row), temperature))
     ONE: tl.constexpr = 1 << (62 - ID_BITS)
     MASK: tl.constexpr = (1 << ID_BITS) - 1
@@ -119,11 +122,17 @@ def draw_kernel(
     top_p,
     seeds,
     positions,
+    temperatures,
     vocab,
     ID_BITS: tl.constexpr,
     TILE: tl.constexpr,
+    SOME: tl.constexpr,
 ) -> None:
     row = tl.program_id(0).to(tl.int64)
+    # SOME is known when the kernel is compiled, what is loaded is not.
+    if SOME:  # noqa: SIM102
+        if tl.load(temperatures + row) == 0:
+            return
     row_keys = keys + row * vocab
     floor = tl.load(floors + row)
     count = tl.load(top_k + row)
@@ -157,14 +166,16 @@ def _tile(vocab: int, largest: int = _TILE) -> int:
     return min(largest, triton.next_power_of_2(vocab))
 
 
-def argmax(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """(token ids int64 [rows], maxima float32 [rows]) of logits [rows, vocab].
+def argmax(logits: Tensor, out: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
+    """(token ids int64 [rows], maxima float32 [rows]) of logits [rows, vocab], into `out`.
 
     Of equal logits the smallest id wins. A row with a NaN has the maximum NaN.
     """
     rows, vocab = logits.shape
-    token_ids = torch.empty(rows, dtype=torch.int64, device=logits.device)
-    maxima = torch.empty(rows, dtype=torch.float32, device=logits.device)
+    if out is None:
+        out = (logits.new_empty(rows, dtype=torch.int64), logits.new_empty(rows))
+    token_ids, maxima = out
+    assert logits.dtype == maxima.dtype == torch.float32
     if rows:
         argmax_kernel[(rows,)](
             token_ids,
@@ -180,7 +191,11 @@ def argmax(logits: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def keys(logits: Tensor, maxima: Tensor, temperatures: Tensor) -> Tensor:
-    """Keys int64 [rows, vocab] in the order of the vocabulary; `maxima`, `temperatures` [rows]."""
+    """Keys int64 [rows, vocab] in the order of the vocabulary; `maxima`, `temperatures` [rows].
+
+    Rows of temperature 0 are greedy: they get no keys. One so small that it is 0 in float32 must
+    come in float64.
+    """
     rows, vocab = logits.shape
     out = torch.empty((rows, vocab), dtype=torch.int64, device=logits.device)
     tile = _tile(vocab)
@@ -201,16 +216,27 @@ def keys(logits: Tensor, maxima: Tensor, temperatures: Tensor) -> Tensor:
 
 
 def draw(
-    keys: Tensor, floors: Tensor, top_k: Tensor, top_p: Tensor, seeds: Tensor, positions: Tensor
+    keys: Tensor,
+    floors: Tensor,
+    top_k: Tensor,
+    top_p: Tensor,
+    seeds: Tensor,
+    positions: Tensor,
+    *,
+    temperatures: Tensor | None = None,
+    token_ids: Tensor | None = None,
 ) -> Tensor:
     """Token ids int64 [rows] from `keys` int64 [rows, vocab]; all columns are [rows].
 
     `floors` int64: the smallest key that min_p leaves (0: all); `top_k` int64 (0: all); `top_p`
-    float64 (1: all); `seeds` and `positions` int64, for the counter-based generator.
+    float64 (1: all); `seeds` and `positions` integers, for the counter-based generator. With
+    `temperatures`, rows of temperature 0 keep what stands in `token_ids`, which is returned.
     """
     rows, vocab = keys.shape
     assert keys.is_contiguous() and top_p.dtype == torch.float64
-    token_ids = torch.empty(rows, dtype=torch.int64, device=keys.device)
+    assert temperatures is None or token_ids is not None, "a greedy row has its token already"
+    if token_ids is None:
+        token_ids = torch.empty(rows, dtype=torch.int64, device=keys.device)
     if rows:
         draw_kernel[(rows,)](
             token_ids,
@@ -220,9 +246,11 @@ def draw(
             top_p,
             seeds,
             positions,
+            temperatures,
             vocab,
             ID_BITS=vocab.bit_length(),
             TILE=_tile(vocab, _DRAW_TILE),
+            SOME=temperatures is not None,
             num_warps=16,
             enable_fp_fusion=False,
         )

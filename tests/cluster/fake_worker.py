@@ -50,6 +50,7 @@ class FakeWorker(WorkerServicer):
         self.granted = True
         self.silent = False  # neither tokens nor heartbeats
         self.stalled = False  # heartbeats, but neither tokens nor answers
+        self.step_age_s = 0.0  # of its step in progress, as it tells
         self.mute: asyncio.Event | None = None  # questions wait for it
         self.fail_next: list[pb.Failed] = []
         self.stop_after: int | None = None  # tokens until the process is gone
@@ -88,7 +89,8 @@ class FakeWorker(WorkerServicer):
         )
 
     def load(self) -> pb.Load:
-        return pb.Load(running=len(self.rows), blocks=pb.Blocks(total=64, free=64))
+        blocks = pb.Blocks(total=64, free=64)
+        return pb.Load(running=len(self.rows), blocks=blocks, step_age_s=self.step_age_s)
 
     async def Attach(self, request_iterator: Any, context: Any) -> AsyncIterator[pb.FromWorker]:
         self.rows.clear()

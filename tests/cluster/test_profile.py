@@ -15,6 +15,7 @@ from phasewise.engine.batch import Batch, StepOutput
 from phasewise.engine.layout import KVLayout
 from phasewise.engine.paced import paced_layout
 from phasewise.engine.spec import ModelSpec, load_spec
+from phasewise.engine.step_clock import PARTS
 from phasewise.engine.step_time import StepCoefficients, StepFeatures, features_of
 from phasewise.placement.step_profile import ProfilePoint, StepProfile, read_profile
 
@@ -143,6 +144,29 @@ def test_a_profile_of_the_tiny_model_is_written_and_read(
     assert "measured 20" in told["origin"]
     for phase in ("prefill", "decode", "mixed"):
         assert profile.phase(phase).total_s(_features(all_steps()[0])) > 0  # pyright: ignore
+
+
+def test_a_live_workers_decode_step_is_told_part_by_part(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    words = ["profile", str(LOCAL), "--step", "--batch", "4", "--steps", "24", "--json"]
+    for change in ("kv.memory=16MiB", "prefill.threads=1", "decode.threads=1"):
+        words += ["--set", change]
+    assert main(words) == EXIT_OK
+    told = json.loads(capsys.readouterr().out)
+    assert told["rows"] > 3.5
+    assert told["steps"] >= 24
+    parts = told["parts_ms"]
+    assert set(parts) == set(PARTS)
+    assert all(ms > 0 for ms in parts.values())
+    rest = sum(ms for part, ms in parts.items() if part != "model")
+    assert told["overhead_ms"] == pytest.approx(rest, abs=1e-3)
+
+
+def test_a_batch_that_no_step_can_have_is_refused() -> None:
+    assert main(["profile", str(LOCAL), "--step", "--batch", "100000"]) == EXIT_INPUT
+    assert main(["profile", str(LOCAL), "--step", "--steps", "100000"]) == EXIT_INPUT
+    assert main(["profile", str(LOCAL)]) == EXIT_INPUT
 
 
 def test_two_kinds_of_workers_are_refused(tmp_path: Path) -> None:

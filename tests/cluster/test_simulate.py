@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from pathlib import Path
 
 import pytest
 from phasewise.cluster.cli import EXIT_INPUT, EXIT_OK, main
+from phasewise.cluster.commands.simulate import add_arguments, read_task
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
@@ -61,3 +63,11 @@ def test_without_step_times_it_says_what_to_give(
 def test_an_unknown_sheet_is_bad_input(chat: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert simulate("--workload", chat, "--hardware", "abacus") == EXIT_INPUT
     assert "abacus" in capsys.readouterr().err
+
+
+def test_schedulers_go_by_the_targets_that_the_workload_names(chat: str) -> None:
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    args = parser.parse_args([str(CONFIGS / "local.yaml"), "--workload", chat, "--hardware", "cpu"])
+    deployment = read_task(args).deployment
+    assert (deployment.ttft_ms, deployment.tpot_ms) == (400.0, 60.0)

@@ -68,6 +68,8 @@ def test_paths_are_relative_to_the_file_and_in_overrides_to_the_working_director
         ("decode: {device: gpu}", "decode.device", 2, "cpu, cuda"),
         ("decode: 3", "decode", 2, "section"),
         ("kv: {memory: 1XB}", "kv.memory", 2, "size"),
+        ("kv: {dtype: fp8}", "kv.dtype", 2, "auto, fp8_e4m3"),
+        ("kv_cache_dtype: fp8_e4m3", "kv_cache_dtype", 2, "kv.dtype"),
         ("kv: {memory: 0}", "kv.memory", 2, "size"),
         ("kv: {memory: {a: 1}}", "kv.memory", 2, "one value"),
         ("slo: {attainment: 1.5}", "slo.attainment", 2, "<= 1"),
@@ -115,14 +117,29 @@ def test_a_missing_file_and_a_missing_key_are_named(write: Write, tmp_path: Path
     [
         (["prefill.replicas=0", "decode.local_prefill=never"], "decode.local_prefill"),
         (["decode.max_batch_size=64", "decode.max_batch_tokens=8"], "decode.max_batch_tokens"),
-        (["decode.tensor_parallel=2"], "decode.tensor_parallel"),
-        (["prefill.pipeline_parallel=2"], "prefill.pipeline_parallel"),
+        (["prefill.block_size=24"], "prefill.block_size"),
+        (["decode.block_size=32", "kv.block_size=12"], "decode.block_size"),
         (["decode.device=cuda", "decode.threads=2"], "decode.threads"),
         (["gateway.grpc=127.0.0.1:9", "gateway.http=127.0.0.1:9"], "gateway.http"),
     ],
 )
 def test_a_contradiction_is_refused(write: Write, overrides: list[str], key: str) -> None:
     assert refusal(write(MINIMAL), *overrides).where == key
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["decode.tensor_parallel=2"],
+        ["prefill.tensor_parallel=4", "prefill.pipeline_parallel=2", "decode.block_size=32"],
+        ["prefill.block_size=8", "decode.block_size=24"],
+        ["prefill.replicas=0", "prefill.block_size=5"],
+    ],
+)
+def test_any_two_splits_and_block_sizes_that_divide_are_taken(
+    write: Write, overrides: list[str]
+) -> None:
+    load_cluster(write(MINIMAL), overrides)
 
 
 def test_overrides_are_checked_like_the_file_and_win_over_it(write: Write) -> None:

@@ -44,6 +44,7 @@ def _rope(**values: Any) -> dict[str, Any]:
     return {"rope_parameters": {"rope_theta": 10000.0, **values}}
 
 
+QWEN_EXPERTS = {"num_experts": 9, "num_experts_per_tok": 3, "moe_intermediate_size": 24}
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", {}),
     "llama-biases-tied": (
@@ -72,6 +73,11 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "mistral-window": ("Mistral", {"sliding_window": 37}),
     "mistral": ("Mistral", {"sliding_window": None}),
+    "mixtral": ("Mixtral", {"num_local_experts": 5}),
+    "mixtral-window-tied": (
+        "Mixtral",
+        {"num_local_experts": 4, "sliding_window": 37, "tie_word_embeddings": True},
+    ),
     "qwen2": ("Qwen2", {"tie_word_embeddings": True}),
     "qwen2-window": (
         "Qwen2",
@@ -81,6 +87,15 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3-window": (
         "Qwen3",
         {"use_sliding_window": True, "sliding_window": 40, "max_window_layers": 2},
+    ),
+    "qwen3-moe": ("Qwen3Moe", QWEN_EXPERTS),
+    "qwen3-moe-renormalised-dense-between": (
+        "Qwen3Moe",
+        QWEN_EXPERTS | {"norm_topk_prob": True, "decoder_sparse_step": 2, "attention_bias": True},
+    ),
+    "qwen3-moe-window-dense-first": (
+        "Qwen3Moe",
+        QWEN_EXPERTS | {"mlp_only_layers": [0], "use_sliding_window": True, "sliding_window": 40},
     ),
     "opt": ("OPT", {}),
     "opt-350m-order": ("OPT", {"do_layer_norm_before": False, "word_embed_proj_dim": 20}),

@@ -68,7 +68,8 @@ def test_a_plain_greedy_batch_is_one_argmax() -> None:
     assert token_ids == expected
     assert logprobs is None
     over_the_vocabulary = [name for name, shape in operations.seen if shape == (5, VOCAB)]
-    assert over_the_vocabulary == ["argmax", "gather"]  # the gather reads one cell a row
+    views = {"detach", "resolve_conj", "resolve_neg"}  # NumPy's argmax reads them where they lie
+    assert set(over_the_vocabulary) <= views
 
 
 def test_in_a_mixed_batch_only_the_rows_that_draw_are_worked_on() -> None:

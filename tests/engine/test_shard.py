@@ -36,6 +36,8 @@ MODELS: dict[str, dict[str, Any]] = {
     "llama-biases-tied": SIZES | {"num_key_value_heads": 8},
     "llama-dynamic": SIZES,
     "mistral-window": SIZES,
+    "mixtral": SIZES | {"intermediate_size": 76},  # transformers wants a multiple of 4
+    "qwen3-moe-renormalised-dense-between": SIZES,
     "qwen2": SIZES | {"num_key_value_heads": 4},
     "qwen3-window": SIZES | {"num_key_value_heads": 1},
     "opt": {"num_attention_heads": 4},

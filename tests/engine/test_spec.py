@@ -7,8 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from phasewise.engine.errors import InvalidConfig, UnsupportedModel
-from phasewise.engine.spec import FAMILIES, fingerprint, load_spec
+from phasewise.engine.families import FAMILIES
+from phasewise.engine.spec import fingerprint, load_spec
+from phasewise.placement.model_shape import read_shape
 
 transformers = pytest.importorskip("transformers")
 
@@ -61,6 +64,7 @@ def test_old_and_new_rope_keys_mean_the_same(tmp_path: Path, key: str) -> None:
 @pytest.mark.parametrize(
     ("change", "named"),
     [
+        ({"architectures": ["Qwen2MoeForCausalLM"]}, "Qwen2MoeForCausalLM"),
         ({"architectures": ["GemmaForCausalLM"]}, "GemmaForCausalLM"),
         ({"architectures": [], "model_type": "bert"}, "bert"),
         ({"quantization_config": {"quant_method": "gptq"}}, "gptq"),
@@ -82,6 +86,8 @@ def test_what_is_not_supported_is_refused_by_name_with_what_is(
     ("change", "named"),
     [
         ({"hidden_size": "big"}, "hidden_size"),
+        ({"hidden_size": None}, "hidden_size"),
+        ({"rope_theta": None}, "rope_theta"),
         ({"num_hidden_layers": 0}, "num_hidden_layers"),
         ({"num_attention_heads": 6, "num_key_value_heads": 4}, "num_key_value_heads"),
         ({"rope_scaling": {"rope_type": "linear"}}, "factor"),
@@ -92,6 +98,62 @@ def test_a_malformed_value_is_refused_with_its_key(
 ) -> None:
     with pytest.raises(InvalidConfig, match=named):
         load_spec(_write(tmp_path, {"architectures": ["LlamaForCausalLM"]} | change))
+
+
+QWEN_MOE = {"architectures": ["Qwen3MoeForCausalLM"]}
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"num_experts_per_tok": 200}, "num_experts_per_tok is 200 of 128 experts"),
+        ({"num_experts_per_tok": 0}, "num_experts_per_tok"),
+        ({"num_experts": "many"}, "num_experts is 'many'"),
+        ({"num_experts": 8, "num_local_experts": 4}, "num_local_experts"),
+        ({"decoder_sparse_step": 0}, "decoder_sparse_step"),
+        ({"mlp_only_layers": 3}, "mlp_only_layers"),
+        ({"moe_intermediate_size": None}, "moe_intermediate_size"),
+    ],
+)
+def test_a_malformed_mixture_is_refused_with_its_key(
+    tmp_path: Path, change: dict[str, Any], named: str
+) -> None:
+    with pytest.raises(InvalidConfig, match=named):
+        load_spec(_write(tmp_path, QWEN_MOE | change))
+
+
+@pytest.mark.parametrize("step", [1, 2, 3])
+@pytest.mark.parametrize("dense", [None, [], [1, 5]])
+@pytest.mark.parametrize("name", ["num_experts", "num_local_experts"])
+def test_the_layers_that_have_experts_are_those_of_transformers(
+    tmp_path: Path, step: int, dense: list[int] | None, name: str
+) -> None:
+    sizes = {"num_hidden_layers": 7, name: 4, "num_experts_per_tok": 2, "hidden_size": 16}
+    sizes |= {"vocab_size": 9, "intermediate_size": 8, "moe_intermediate_size": 4}
+    sizes |= {"num_attention_heads": 2, "num_key_value_heads": 1}
+    changes = sizes | {"decoder_sparse_step": step, "mlp_only_layers": dense}
+    mixture = load_spec(_write(tmp_path, QWEN_MOE | changes)).mixture
+    assert mixture is not None and mixture.experts == 4
+    with torch.device("meta"):
+        model = transformers.Qwen3MoeForCausalLM(transformers.Qwen3MoeConfig(**changes))
+    theirs = [hasattr(layer.mlp, "experts") for layer in model.model.layers]
+    assert [layer in mixture.layers for layer in range(7)] == theirs
+
+
+def test_a_mixture_is_described_in_the_words_the_planner_uses(tmp_path: Path) -> None:
+    for architecture, changes in (
+        ("MixtralForCausalLM", {"num_local_experts": 8}),
+        ("Qwen3MoeForCausalLM", {"mlp_only_layers": [0], "num_experts": 16}),
+    ):
+        theirs = getattr(transformers, architecture.replace("ForCausalLM", "Config"))(**changes)
+        config = theirs.to_dict() | {"architectures": [architecture]}
+        mixture = load_spec(_write(tmp_path, config)).mixture
+        shape = read_shape(tmp_path)
+        assert mixture is not None
+        assert mixture.experts == shape.experts
+        assert mixture.experts_per_token == shape.experts_per_token
+        assert mixture.expert_intermediate == shape.expert_intermediate
+        assert len(mixture.layers) == shape.moe_layers
 
 
 def test_a_missing_or_broken_config_is_named(tmp_path: Path) -> None:
@@ -110,9 +172,11 @@ def test_generation_config_names_the_end_tokens_before_config(tmp_path: Path) ->
 
 
 def test_parameter_counts_equal_those_of_transformers(tmp_path: Path) -> None:
-    for name in ("Llama", "Qwen2", "Qwen3", "OPT"):
+    for name in ("Llama", "Mixtral", "Qwen2", "Qwen3", "Qwen3Moe", "OPT"):
         sizes = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
         sizes |= {"vocab_size": 99, "word_embed_proj_dim": 20, "intermediate_size": 70}
+        sizes |= {"moe_intermediate_size": 24, "mlp_only_layers": [1], "num_local_experts": 3}
+        sizes |= {"num_experts_per_tok": 2}
         sizes |= {"ffn_dim": 70, "num_key_value_heads": 2, "max_position_embeddings": 33}
         config = getattr(transformers, f"{name}Config")(**sizes)
         model = getattr(transformers, f"{name}ForCausalLM")(config)

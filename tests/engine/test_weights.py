@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -116,4 +117,56 @@ def test_missing_and_truncated_files_are_named(tmp_path: Path) -> None:
         _load(tmp_path)
     (tmp_path / "model.safetensors.index.json").unlink()
     with pytest.raises(InvalidConfig, match="holds neither"):
+        _load(tmp_path)
+
+
+def _mixture(family: str, **changes: Any) -> Any:
+    sizes = {"hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 2, "vocab_size": 51}
+    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 3}
+    sizes |= {"num_experts_per_tok": 2} | changes
+    config = getattr(transformers, f"{family}Config")(**sizes)
+    return getattr(transformers, f"{family}ForCausalLM")(config)
+
+
+@pytest.mark.parametrize("shard_size", ["50GB", "20KB"])
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [("Mixtral", {}), ("Qwen3Moe", {"moe_intermediate_size": 24, "mlp_only_layers": [0]})],
+)
+def test_experts_are_stacked_with_gate_and_up_fused_from_one_file_or_many(
+    tmp_path: Path, family: str, changes: dict[str, Any], shard_size: str
+) -> None:
+    model = _mixture(family, **changes)
+    model.save_pretrained(tmp_path, max_shard_size=shard_size)
+    loaded, theirs = _load(tmp_path), model.model.layers
+    experts, router = theirs[1].mlp.experts, loaded.layers[1].router
+    assert torch.equal(loaded.layers[1].up.weight, experts.gate_up_proj)
+    assert torch.equal(loaded.layers[1].down.weight, experts.down_proj)
+    assert router is not None and torch.equal(router, theirs[1].mlp.gate.weight)
+    assert (loaded.layers[0].router is None) == (family == "Qwen3Moe")
+
+
+def test_tensor_ranks_hold_neighbouring_columns_of_every_expert(tmp_path: Path) -> None:
+    _mixture("Mixtral").save_pretrained(tmp_path)
+    spec, whole = load_spec(tmp_path), _load(tmp_path).layers[0]
+    gate, up = whole.up.weight.chunk(2, dim=1)
+    for rank, inner in enumerate((slice(0, 13), slice(13, 26), slice(26, 40))):
+        shard = replace(plan_shards(spec)[0], expert_inner=_parts(40, 3)[rank])
+        part = load_weights(tmp_path, spec, "float32", CPU, shard).layers[0]
+        assert torch.equal(part.up.weight, torch.cat((gate[:, inner], up[:, inner]), dim=1))
+        assert torch.equal(part.down.weight, whole.down.weight[:, :, inner])
+
+
+def _parts(count: int, parts: int) -> list[range]:
+    return [range(count * part // parts, count * (part + 1) // parts) for part in range(parts)]
+
+
+def test_a_missing_expert_is_named(tmp_path: Path) -> None:
+    _mixture("Mixtral").save_pretrained(tmp_path)
+    path = tmp_path / "model.safetensors"
+    tensors = load_file(path)
+    del tensors["model.layers.1.block_sparse_moe.experts.2.w3.weight"]
+    path.unlink()
+    save_file(tensors, path)
+    with pytest.raises(InvalidConfig, match=r"layers\.1\..*experts\.2\.w3\.weight is missing"):
         _load(tmp_path)

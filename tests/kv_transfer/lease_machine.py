@@ -22,8 +22,8 @@ from phasewise.kv_transfer.messages import (
     Message,
     Refuse,
     Sent,
-    decode,
     encode,
+    split,
 )
 
 NUM_LAYERS, NUM_BLOCKS = 2, 6
@@ -66,7 +66,7 @@ class Transfers(RuleBasedStateMachine):
             match action:
                 case Send(pair, message):
                     other = Side.RECEIVER if side is Side.SENDER else Side.SENDER
-                    self.wire.append((other, pair, decode(encode(message)[4:])))
+                    self.wire.append((other, pair, split(bytearray(encode(message)))[0]))
                 case Stop(_, lease):
                     self.stopping.add(lease)
                 case Start(lease):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,11 +14,38 @@ from phasewise.engine.layout import KVLayout
 from phasewise.engine.shard_plan import plan_shards
 from phasewise.engine.spec import ModelSpec, load_spec
 from phasewise.kv_transfer.events import PeerRefused
-from phasewise.kv_transfer.layout_map import Part, check_layouts, copies, routes
+from phasewise.kv_transfer.layout_map import Part, Route, check_layouts, routes, windows
+from phasewise.kv_transfer.window import spans
 
 MODEL = Path(__file__).parents[2] / "models" / "tiny"
 HEAD_DIM = 2
 Side = tuple[int, int, int]  # tensor parallel, pipeline parallel, block size
+
+
+@dataclasses.dataclass(frozen=True)
+class Copy:
+    """So many bytes, from an offset of one rank's pool to an offset of another's."""
+
+    source_rank: int
+    source_offset: int
+    target_rank: int
+    target_offset: int
+    length: int
+
+
+def copies(found: Sequence[Route], here: list[int], there: list[int], tokens: int) -> list[Copy]:
+    """What the writers of all ranks do for a prompt."""
+    made = []
+    for route in found:
+        source, target = windows(route)
+        count = -(-tokens // source.step)
+        units = source.units(here)[:count], target.units(there)[:count]
+        for layer in range(len(route.layers)):
+            start, goal = source.layer_offset(layer), target.layer_offset(layer)
+            ranks = route.source.rank, route.target.rank
+            for one, other, length in spans(source, target, *units).tolist():
+                made.append(Copy(ranks[0], start + one, ranks[1], goal + other, length))
+    return made
 
 
 def _spec(num_layers: int, num_heads: int, num_kv_heads: int) -> ModelSpec:

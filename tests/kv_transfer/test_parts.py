@@ -17,16 +17,19 @@ from phasewise.kv_transfer.breaker import LONGEST_S, Breaker
 from phasewise.kv_transfer.copier import Cancel, Copier, Finish, Push, runs
 from phasewise.kv_transfer.digest import block_checksum, token_digest
 from phasewise.kv_transfer.events import TransferConfig
+from phasewise.kv_transfer.fit import meet, whole
 from phasewise.kv_transfer.layer_clock import LayerClock
 from phasewise.kv_transfer.lease_receiver import ReceiverTable
 from phasewise.kv_transfer.memory import PoolMemory
 from phasewise.kv_transfer.messages import (
+    HEAD,
     MAX_FRAME,
     Abort,
     Grant,
     MalformedFrame,
     Ready,
     encode,
+    framed,
     pack_blocks,
     split,
     unpack_blocks,
@@ -95,15 +98,23 @@ def test_any_bytes_are_messages_or_malformed(data: bytes) -> None:
     "body", [b"\x91\x63", b"\x92\x08\x01", b"\x92\x08\xa1x", b"\x93\x01\xff\x01", b"\xc0"]
 )
 def test_a_malformed_frame_is_taken_off_and_the_next_is_read(body: bytes) -> None:
-    buffer = bytearray(len(body).to_bytes(4, "little") + body + encode(Ready(b"x")))
+    buffer = bytearray(framed(body) + encode(Ready(b"x")))
     with pytest.raises(MalformedFrame):
         split(buffer)
     assert split(buffer) == [Ready(b"x")]
 
 
+@given(st.integers(0, 10_000), st.integers(0, 7))
+def test_a_frame_with_a_changed_bit_is_no_message(at: int, bit: int) -> None:
+    buffer = bytearray(encode(Grant(7, 8, 9, pack_blocks((1, 2, 3)))))
+    buffer[at % len(buffer)] ^= 1 << bit
+    with contextlib.suppress(MalformedFrame):
+        assert split(buffer) == [], "at most it waits for more bytes"
+
+
 def test_a_frame_longer_than_allowed_is_refused_before_it_is_read() -> None:
     with pytest.raises(MalformedFrame, match="bytes"):
-        split(bytearray((MAX_FRAME + 1).to_bytes(4, "little")))
+        split(bytearray(HEAD.pack(MAX_FRAME + 1, 0)))
 
 
 def test_an_unknown_outcome_is_malformed() -> None:
@@ -117,6 +128,14 @@ def test_checksum_sees_a_changed_or_misplaced_block(chosen: list[int], data: st.
     memory, array = pool(3)
     before = block_checksum(memory, LAYOUT, chosen)
     assert before == block_checksum(memory, LAYOUT, chosen)
+    words = array.view(np.uint64)[data.draw(st.integers(0, 3)), chosen[0]]
+    one, other = data.draw(st.lists(st.integers(0, len(words) - 1), min_size=2, max_size=2))
+    words[one] = words[other] ^ np.uint64(1 << data.draw(st.integers(0, 63)))
+    before = block_checksum(memory, LAYOUT, chosen)
+    if one != other:
+        words[[one, other]] = words[[other, one]]
+        assert before != block_checksum(memory, LAYOUT, chosen), "two words changed places"
+        words[[one, other]] = words[[other, one]]
     if len(chosen) > 1:
         assert before != block_checksum(memory, LAYOUT, [*chosen[1:], chosen[0]])
     layer, block = data.draw(st.integers(0, 3)), data.draw(st.sampled_from(chosen))
@@ -133,7 +152,8 @@ def test_copier_follows_the_clock_and_obeys_a_cancel() -> None:
     (mine, _), (theirs, arrived) = pool(2), pool(1)
     told: queue.Queue[tuple[str, int, int | None]] = queue.Queue()
     writer = ShmWriter(mine, LAYOUT, theirs, LAYOUT)
-    copier = Copier(writer, LAYOUT, lambda *what: told.put(what))
+    window = meet(whole(LAYOUT), whole(LAYOUT)).out.mine
+    copier = Copier(writer, window, lambda *what: told.put(what))
     clocks = [LayerClock(), LayerClock()]
     for lease, clock in enumerate(clocks):
         push = Push(

@@ -39,7 +39,7 @@ def test_a_push_carries_names_and_writes_behind_what_is_there() -> None:
     assert entry is not None and (entry.skip, entry.num_blocks, entry.target) == (2, 2, (8, 9))
     assert sender.push(5, [1, 2], 0, 0.0) is entry
     message = sender.sent(5, None, 0.0)
-    assert message is not None and message.num_blocks == 2
+    assert message is not None and message.num_units == 2
     *_, ended = receiver.on_sent(0, message, 0.0)
     assert isinstance(ended, Ended)
     assert (ended.outcome, ended.blocks) == (Outcome.COMMITTED, (8, 9))

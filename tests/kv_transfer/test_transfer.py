@@ -199,7 +199,13 @@ async def test_two_workers_of_different_transports_refuse_each_other_by_name() -
 
 @pytest.mark.parametrize("transport", ["shm", "tcp"])
 @pytest.mark.parametrize(
-    ("field", "value"), [("num_layers", 5), ("fingerprint", "other"), ("dtype", "float16")]
+    ("field", "value"),
+    [
+        ("num_layers", 5),
+        ("fingerprint", "other"),
+        ("dtype", "float16"),
+        ("dtype", "fp8_e4m3"),
+    ],
 )
 @bounded
 async def test_another_layout_is_refused_by_name(transport: str, field: str, value: object) -> None:

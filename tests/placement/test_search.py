@@ -117,3 +117,10 @@ def test_a_malformed_trace_is_named_with_its_line(tmp_path: Path) -> None:
 def test_a_profile_of_other_hardware_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InvalidConfig, match="measured on a100"):
         problem("opt-13b-sharegpt", "inventory.a100.hardware=h100")
+
+
+@pytest.mark.slow
+def test_where_simulation_refutes_the_recurrences_more_is_asked_of_them() -> None:
+    """Short decode memory: the first finalists promise 6 requests a second and carry less."""
+    found = plan("opt-13b-sharegpt", "search.kv_transfer=true", "latency.kv_tokens=0")
+    assert found.best.judged.by == "simulation" and found.best.judged.rate_rps >= 6 * 0.98

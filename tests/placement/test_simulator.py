@@ -175,13 +175,13 @@ def test_every_block_is_free_and_no_one_is_left_when_all_have_ended() -> None:
     for worker in simulator.prefill:
         worker.scheduler.check()
         assert worker.allocator.num_free == worker.allocator.num_blocks
-        assert not worker.attempts and not worker.outstanding_tokens
+        assert not worker.members and not worker.outstanding_tokens
     for worker in simulator.decode:
         assert not worker.requests and not worker.outstanding_tokens
         for lane in worker.lanes:
             lane.scheduler.check()
             assert lane.allocator.num_free == lane.allocator.num_blocks
-            assert not lane.attempts
+            assert not lane.members
 
 
 def test_times_of_a_request_add_up() -> None:

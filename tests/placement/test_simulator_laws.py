@@ -73,14 +73,14 @@ def assert_nothing_is_left(simulator: Simulator) -> None:
         if worker.alive:
             worker.scheduler.check()
             assert worker.allocator.counts().active == 0
-            assert not worker.attempts and not worker.outstanding_tokens
+            assert not worker.members and not worker.outstanding_tokens
     for worker in simulator.decode:
         assert not worker.requests and not worker.outstanding_tokens
         for lane in worker.lanes if worker.alive else ():
             lane.scheduler.check()
             counts = lane.allocator.counts()
             assert counts.active == counts.leased == 0
-            assert not lane.attempts
+            assert not lane.members
 
 
 @pytest.mark.parametrize("seed", range(25))

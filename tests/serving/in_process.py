@@ -12,6 +12,7 @@ import itertools
 import threading
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +107,7 @@ async def cluster(
     prefill: int = 1,
     decode: int = 1,
     dtype: str = "float32",
+    kv_dtype: str = "auto",
     mode: str = "auto",
     transport: str = "auto",
     local_prefill: str = "never",
@@ -118,11 +120,19 @@ async def cluster(
     paced: PacedConfig | None = None,
     prefill_split: tuple[int, int] = (1, 1),
     decode_split: tuple[int, int] = (1, 1),
+    decode_block_size: int | None = None,
 ) -> AsyncIterator[Cluster]:
-    """Everything started and attached; everything gone on exit. A split is (tensor, pipeline)."""
+    """Everything started and attached; everything gone on exit. A split is (tensor, pipeline);
+    `block_size` is of both pools where `decode_block_size` says no other."""
+    kv = KVConfig(
+        memory=num_bytes,
+        block_size=block_size,
+        prefix_cache=prefix_cache,
+        dtype=kv_dtype,  # pyright: ignore
+    )
+    decode_kv = replace(kv, block_size=decode_block_size or block_size)
     shared: dict[str, Any] = {
         "model": ModelConfig(path=path, dtype=dtype, max_model_len=max_model_len),  # pyright: ignore
-        "kv": KVConfig(memory=num_bytes, block_size=block_size, prefix_cache=prefix_cache),
         "transfer": TransferConfig(transport=transport, mode=mode),  # pyright: ignore
         "slo": SloConfig(),
     }
@@ -136,6 +146,7 @@ async def cluster(
             prefill=PrefillConfig(
                 **pool, **_parallel(prefill_split), max_batch_tokens=max_batch_tokens
             ),
+            kv=kv,
             **shared,
         )
         for i in range(prefill)
@@ -145,6 +156,7 @@ async def cluster(
             decode=DecodeConfig(
                 **pool, **_parallel(decode_split), max_batch_tokens=max(65, max_batch_tokens)
             ),
+            kv=decode_kv,
             **shared,
         )
         for i in range(decode)

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO
 
@@ -29,19 +29,24 @@ class Launched:
     """A cluster file under `serve --json`, on ports that the system picks unless overridden."""
 
     def __init__(
-        self, overrides: Sequence[str] = (), *, config: Path = LOCAL, folder: Path | None = None
+        self,
+        overrides: Sequence[str] = (),
+        *,
+        config: Path = LOCAL,
+        folder: Path | None = None,
+        environment: Mapping[str, str] | None = None,
     ) -> None:
         """`folder`: where its run folder goes, short enough for Ray's sockets."""
         ports = ("gateway.grpc=127.0.0.1:0", "gateway.http=127.0.0.1:0")
         words = [word for override in (*ports, *overrides) for word in ("--set", override)]
         self.errors: IO[str] = tempfile.TemporaryFile("w+")  # noqa: SIM115
-        environment = os.environ | ({} if folder is None else {"TMPDIR": str(folder)})
+        given = dict(environment or {}) | ({} if folder is None else {"TMPDIR": str(folder)})
         self.process = subprocess.Popen(
             [sys.executable, "-c", MAIN, "serve", str(config), "--json", *words],
             stdout=subprocess.PIPE,
             stderr=self.errors,
             text=True,
-            env=environment,
+            env=os.environ | given,
         )
         self.address = ""
         self.http = ""
@@ -62,6 +67,10 @@ class Launched:
 
     def client(self) -> Client:
         return Client(self.address)
+
+    def worker_pids(self) -> list[int]:
+        with self.client() as client:
+            return [row.pid for row in client.status().workers]
 
     def descendants(self) -> list[Process]:
         return processes.descendants(self.pid)

@@ -46,8 +46,8 @@ def compile_for_hopper(
         for place, name in enumerate(names)
         if signature[name].startswith("*") or arguments.get(name, "").endswith(":16")
     }
-    constants = {(names.index(name),): value for name, value in constants.items()}
-    source = ASTSource(kernel, signature, constants, attributes)
+    by_place = {(names.index(name),): value for name, value in constants.items()}
+    source = ASTSource(kernel, signature, by_place, attributes)
     built = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
     return _read(built)
 

@@ -7,9 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from phasewise.kernels import reference as shared
 from phasewise.kernels.cuda import reference
 from phasewise.kernels.cuda.decode_attention import DecodeTiling, decode_attention, splits_for
 from phasewise.kernels.cuda.prefill_attention import PrefillTiling, prefill_attention
+from phasewise.tests.kernels.fp8_layers import fp8_layer
 from torch import Tensor
 
 SMALL_DECODE = DecodeTiling(tile=16, num_warps=4, num_stages=1)
@@ -187,10 +189,11 @@ def test_attention_over_an_fp8_cache_agrees_with_its_dequantised_values(
 ) -> None:
     counts, lengths = ([1, 1], [5, 21]) if kernel == "decode" else ([5, 3], [5, 21])
     rows = make_rows(counts, lengths, heads=4, kv_heads=2, dim=64, block_size=8)
-    scales = 2.0 ** torch.randint(-3, 3, (rows.kv.shape[0], 2, 2)).float()
-    kv = (rows.kv.nan_to_num(0) / scales[..., None, None]).to(torch.float8_e4m3fn)
+    kv = fp8_layer(rows.kv.shape[0], 2, 8, 64)
+    k, v = rows.kv.nan_to_num(0).permute(1, 0, 3, 2, 4).flatten(1, 2)
+    shared.append(kv, k, v * torch.logspace(-2, 2, len(v))[:, None, None], torch.arange(len(k)))
     expected = reference.attend_rows(
-        rows.q, kv, rows.tables, rows.token_starts, rows.lengths, scale=0.125, scales=scales
+        rows.q, kv, rows.tables, rows.token_starts, rows.lengths, scale=0.125
     )
     if kernel == "decode":
         actual = interpreted(
@@ -200,7 +203,6 @@ def test_attention_over_an_fp8_cache_agrees_with_its_dequantised_values(
             rows.tables,
             rows.lengths,
             scale=0.125,
-            scales=scales,
             num_splits=2,
             tiling=SMALL_DECODE,
         )
@@ -213,7 +215,6 @@ def test_attention_over_an_fp8_cache_agrees_with_its_dequantised_values(
             rows.token_starts,
             rows.lengths,
             scale=0.125,
-            scales=scales,
             tiling=SMALL_PREFILL,
         )
     torch.testing.assert_close(actual, expected, atol=2e-5, rtol=2e-5)

@@ -9,7 +9,16 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
-from phasewise.kernels.cuda import activations, append, experts, logits, norms, philox, sampling
+from phasewise.kernels.cuda import (
+    activations,
+    append,
+    decode_rows,
+    experts,
+    logits,
+    norms,
+    philox,
+    sampling,
+)
 from phasewise.kernels.cuda.decode_attention import DecodeTiling, decode_kernel, join_kernel
 from phasewise.kernels.cuda.prefill_attention import PrefillTiling, prefill_kernel
 from phasewise.kernels.cuda.transfer import copy_kernel
@@ -40,25 +49,28 @@ def attention_constants(dim: int, fp8: bool, soft_cap: float) -> dict[str, Any]:
         "DIM": dim,
         "DIM_PAD": padded(dim),
         "BLOCK_SIZE": BLOCK_SIZE,
+        "HEAD_STRIDE": head_stride(dim, fp8),
         "SOFT_CAP": soft_cap,
         "FP8": fp8,
         "WIDE": False,
     }
 
 
+def head_stride(dim: int, fp8: bool) -> int:
+    return BLOCK_SIZE * (dim + fp8)
+
+
 def pool_types(fp8: bool) -> dict[str, str]:
-    return {"kv": "*fp8e4nv", "scales": "*fp32"} if fp8 else {"kv": "*bf16", "scales": "*bf16"}
+    return {"kv": "*fp8e4nv", "scales": "*u8"} if fp8 else {"kv": "*bf16", "scales": "*bf16"}
 
 
 def decode_case(dim: int, *, fp8: bool = False, soft_cap: float = 0.0, split: bool = True) -> Case:
     tiling = DecodeTiling.of(dim, fp8=fp8)
     types = {"out": "*fp32" if split else "*bf16", "log_sums": "*fp32" if split else "*i32"}
     types |= {"q": "*bf16", **pool_types(fp8), "tables": "*i32", "lengths": "*i32"}
-    types |= {"q_stride": "i32:16", "table_stride": "i32", "scale": "fp32"}
-    types |= {"window": "i32"} | ({"num_splits": "i32"} if split else {})
+    types |= {"q_stride": "i32:16", "table_stride": "i32:16", "scale": "fp32"}
+    types |= {"window": "i32", "num_splits": "i32"}
     constants = {"GROUP_PAD": 16, "TILE": tiling.tile, "SPLIT": split}
-    if not split:
-        constants |= {"num_splits": 1}  # a launch makes a constant of an argument that is 1
     return Case(
         name=f"decode, dim {dim}{', fp8' * fp8}{', cap' * bool(soft_cap)}",
         kernel=decode_kernel,
@@ -76,14 +88,10 @@ def prefill_case(
     tiling = PrefillTiling.of(dim)
     types = {"out": "*bf16", "q": "*bf16", **pool_types(fp8), "tables": "*i32"}
     types |= {"token_starts": "*i32", "lengths": "*i32"}
-    types |= {"q_stride": "i32:16", "out_stride": "i32:16", "table_stride": "i32"}
-    types |= {"scale": "fp32", "window": "i32"}
+    types |= {"q_stride": "i32:16", "out_stride": "i32:16", "table_stride": "i32:16"}
+    types |= {"scale": "fp32", "window": "i32", "num_rows": "i32"}
     group = HEADS // KV_HEADS
     constants = {"GROUP_PAD": group, "POSITIONS": tiling.rows // group, "TILE": tiling.tile}
-    if windowed:
-        constants |= {"num_rows": 1}  # a launch makes a constant of an argument that is 1
-    else:
-        types |= {"num_rows": "i32"}
     return Case(
         name=f"prefill, dim {dim}{', fp8' * fp8}{', cap' * bool(soft_cap)}{', window' * windowed}",
         kernel=prefill_kernel,
@@ -94,15 +102,17 @@ def prefill_case(
     )
 
 
-def rope_case(*, stored: bool) -> Case:
-    types = {"qkv": "*bf16", "kv": "*bf16", "slots": "*i64", "positions": "*i64"}
+def rope_case(*, fp8: bool) -> Case:
+    types = {"qkv": "*bf16", **pool_types(fp8), "slots": "*i64", "positions": "*i64"}
     types |= {"angles": "*fp32", "q_weight": "*bf16", "k_weight": "*bf16", "eps": "fp32"}
     sizes = {"HEADS": HEADS, "KV_HEADS": KV_HEADS, "HALF": 64, "HALF_PAD": 64, "TAKEN": 8}
     return Case(
-        name=f"rope and norm{', append' * stored}",
+        name=f"rope, norm and append{', fp8' * fp8}",
         kernel=append.rope_append_kernel,
         arguments=types | {"qkv_stride": "i32:16"},
-        constants=sizes | {"BLOCK_SIZE": 16, "NORMED": True, "ROTATED": True, "STORED": stored},
+        constants=sizes
+        | {"BLOCK_SIZE": 16, "HEAD_STRIDE": head_stride(128, fp8), "FP8": fp8}
+        | {"NORMED": True, "ROTATED": True, "INTERPRETED": False},
         options={"num_warps": 2, "enable_fp_fusion": False},
         instructions=("LDG.E.128", "STG.E.128"),
     )
@@ -110,27 +120,22 @@ def rope_case(*, stored: bool) -> Case:
 
 def append_cases() -> list[Case]:
     sizes = {"KV_HEADS": KV_HEADS, "DIM": 128, "DIM_PAD": 128, "BLOCK_SIZE": BLOCK_SIZE}
+    sizes |= {"HEADS_PAD": KV_HEADS, "INTERPRETED": False}
     types = {"k": "*bf16", "v": "*bf16", "k_stride": "i32:16", "v_stride": "i32:16"}
-    rows = {"tables": "*i32", "token_starts": "*i32", "lengths": "*i32", "table_stride": "i32"}
     return [
-        Case(
-            name="append",
-            kernel=append.append_kernel,
-            arguments=types | {"kv": "*bf16", "slots": "*i64"},
-            constants=sizes | {"HEADS_PAD": KV_HEADS},
-            options={"num_warps": 4},
-            instructions=("LDG.E.128", "STG.E.128"),
+        *(
+            Case(
+                name=f"append{', fp8' * fp8}",
+                kernel=append.append_kernel,
+                arguments=types | pool_types(fp8) | {"slots": "*i64"},
+                constants=sizes | {"HEAD_STRIDE": head_stride(128, fp8), "FP8": fp8},
+                options={"num_warps": 4},
+                instructions=("LDG.E.128", "STG.E.64" if fp8 else "STG.E.128"),
+            )
+            for fp8 in (False, True)
         ),
-        Case(
-            name="append, fp8",
-            kernel=append.append_fp8_kernel,
-            arguments=types | rows | {"kv": "*fp8e4nv", "scales": "*fp32"},
-            constants=sizes | {"SIZE_PAD": BLOCK_SIZE, "INTERPRETED": False},
-            options={"num_warps": 2},
-            instructions=("LDG.E.128",),
-        ),
-        rope_case(stored=True),
-        rope_case(stored=False),
+        rope_case(fp8=False),
+        rope_case(fp8=True),
     ]
 
 
@@ -230,7 +235,7 @@ def sampling_cases() -> list[Case]:
         Case(
             name="keys",
             kernel=sampling.keys_kernel,
-            arguments=rows | maxima | {"keys": "*i64", "temperatures": "*fp32"},
+            arguments=rows | maxima | {"keys": "*i64", "temperatures": "*fp64"},
             constants=large | bits,
             options={"num_warps": 8},
         ),
@@ -238,7 +243,17 @@ def sampling_cases() -> list[Case]:
             name="draw",
             kernel=sampling.draw_kernel,
             arguments={"token_ids": "*i64", "keys": "*i64", **columns},
-            constants=bits | {"TILE": 2048},
+            constants=bits | {"TILE": 2048, "SOME": False, "temperatures": None},
+            options={"num_warps": 16},
+            instructions=("LDG.E.128",),
+            most_registers=128,
+        ),
+        Case(
+            name="draw of rows that are not greedy",
+            kernel=sampling.draw_kernel,
+            arguments={"token_ids": "*i64", "keys": "*i64", **columns}
+            | {"positions": "*i32", "temperatures": "*fp64"},
+            constants=bits | {"TILE": 2048, "SOME": True},
             options={"num_warps": 16},
             instructions=("LDG.E.128",),
             most_registers=128,
@@ -271,6 +286,34 @@ def sampling_cases() -> list[Case]:
     ]
 
 
+def resident_cases() -> list[Case]:
+    """What moves the state of decoding rows on."""
+    columns = {"columns": "*i64", "num_rows": "i32", "max_rows": "i32:16"}
+    tables = {"tables": "*i32"}
+    located = {"kv_slots": "*i64", "lengths": "*i32", "angles": "*i64", "table_stride": "i32:16"}
+    chosen = {"reported": "*i64", "token_ids": "*i64", "maxima": "*fp32"}
+    return [
+        Case(
+            name="changes of rows",
+            kernel=decode_rows.apply_changes_kernel,
+            arguments=columns | tables | {"changes": "*i64", "num_entries": "i32"},
+            constants={"FIELDS": decode_rows.NUM_FIELDS, "TILE": 256},
+        ),
+        Case(
+            name="places of rows",
+            kernel=decode_rows.locate_kernel,
+            arguments=columns | tables | located,
+            constants={"BLOCK_SIZE": BLOCK_SIZE, "TILE": 256},
+        ),
+        Case(
+            name="rows a token on",
+            kernel=decode_rows.advance_kernel,
+            arguments=columns | chosen,
+            constants={"TILE": 256},
+        ),
+    ]
+
+
 def join_case() -> Case:
     types = {"out": "*bf16", "parts": "*fp32", "log_sums": "*fp32", "num_splits": "i32"}
     return Case(
@@ -295,6 +338,7 @@ CASES = [
     expert_case(8),
     expert_case(256),
     *sampling_cases(),
+    *resident_cases(),
 ]
 
 SLOW_CASES = [

@@ -6,8 +6,10 @@ from typing import Any
 
 import pytest
 import torch
+from phasewise.kernels import fp8
 from phasewise.kernels import reference as shared
 from phasewise.kernels.cuda import activations, append, experts, norms, reference
+from phasewise.tests.kernels.fp8_layers import fp8_layer
 from torch import Tensor
 
 HALVES = [torch.float32, torch.float16, torch.bfloat16]
@@ -102,55 +104,38 @@ def test_fused_append_is_norm_then_rotation_then_append(
     shared.append(expected, k[[0, 2]], v[[0, 2]], slots[[0, 2]])
     options = {"heads": heads, "kv_heads": kv_heads, "eps": 1e-6}
     options |= {"q_weight": weights[0], "k_weight": weights[1]}
-    in_place = qkv.clone()
     interpreted(append.rope_append, qkv, kv, slots, positions, angles, **options)
     close(qkv.view(3, -1, dim)[:, :heads], q)
     close(kv, expected)
-    if rotated:  # without a pool, keys stay where they are
-        interpreted(append.rope_append, in_place, None, slots, positions, angles, **options)
-        close(in_place.view(3, -1, dim)[:, : heads + kv_heads], torch.cat((q, k), dim=1))
 
 
-def test_fp8_append_quantises_and_grows_a_block_scale(interpreted: Any) -> None:
-    kv_heads, dim, size = 2, 80, 4
-    tables = torch.tensor([[5, 2, 7], [1, 3, -1], [0, -1, -1]], dtype=torch.int32)
-    kv = torch.zeros(8, 2, kv_heads, size, dim).to(torch.float8_e4m3fn)
-    scales = torch.full((8, 2, kv_heads), 2.0**60)  # of the blocks' former tenants
-    expected = (kv.clone(), scales.clone())
-    source = normal(16, 2, kv_heads, dim)
-    source[3:] *= 1000  # louder than what the block holds by then
-    source[15] = 0
-    # Three steps: row 0 fills a block and starts another, then goes on in it; row 2 ends silent.
-    steps = [([3, 0, 0], [3, 0, 0]), ([6, 2, 0], [9, 2, 0]), ([1, 1, 1], [10, 3, 1])]
-    used = 0
-    for counts, lengths in steps:
-        k, v = source[used : used + sum(counts)].unbind(dim=1)
-        used += sum(counts)
-        rows = (
-            tables,
-            torch.tensor([0, *torch.tensor(counts).cumsum(0).tolist()], dtype=torch.int32),
-            torch.tensor(lengths, dtype=torch.int32),
-        )
-        interpreted(append.append_fp8, kv, scales, k, v, *rows, max_count=max(counts))
-        reference.append_fp8(*expected, k, v, *rows)
-    assert torch.equal(scales, expected[1])
-    assert torch.equal(kv.float(), expected[0].float())
-    assert scales[[5, 2, 7, 1, 0]].max() < 2.0**60
-
-
-def test_what_an_fp8_block_holds_does_not_depend_on_the_steps_it_came_in() -> None:
-    tables, starts = torch.tensor([[0]], dtype=torch.int32), torch.tensor([0, 8]).int()
-    k = normal(8, 1, 64) * torch.logspace(-1, 1, 8)[:, None, None]
-    pools = []
-    for cuts in ([0, 8], [0, 3, 4, 8]):
-        kv, scales = torch.zeros(1, 2, 1, 8, 64).to(torch.float8_e4m3fn), torch.zeros(1, 2, 1)
-        for low, high in zip(cuts, cuts[1:], strict=False):
-            starts, length = torch.tensor([0, high - low]).int(), torch.tensor([high]).int()
-            reference.append_fp8(kv, scales, k[low:high], k[low:high], tables, starts, length)
-        pools.append((reference.dequantise(kv, scales), scales))
-    assert torch.equal(pools[0][1], pools[1][1])
-    smallest = pools[0][1].max().item() * 2.0**-9  # a step among the subnormals
-    assert (pools[0][0] - pools[1][0]).abs().max() <= smallest
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_an_fp8_append_writes_the_reference_bytes(
+    interpreted: Any, dtype: torch.dtype, fused: bool
+) -> None:
+    """Loud and quiet rows, zeros, inf and NaN; padding writes nothing."""
+    heads, kv_heads, dim, tokens = 4, 2, 80, 7
+    qkv = normal(tokens, heads + 2 * kv_heads, dim, dtype=dtype)
+    qkv *= torch.logspace(-4, 3, tokens, dtype=dtype)[:, None, None]
+    qkv[2, -1], qkv[3, -2, 5], qkv[4, heads, 79] = 0, torch.inf, torch.nan
+    slots = torch.tensor([5, -1, 9, 4, 0, 2, 11])
+    q, k, v = qkv.clone().split((heads, kv_heads, kv_heads), dim=1)
+    kv, expected = (fp8_layer(3, kv_heads, 4, dim) for _ in range(2))
+    angles = torch.cat((torch.full((1, dim // 2), 0.6), torch.full((1, dim // 2), 0.8)), dim=1)
+    if fused:
+        k = shared.rotate(k, angles.expand(tokens, -1))
+        options = {"heads": heads, "kv_heads": kv_heads}
+        positions = torch.zeros(tokens, dtype=torch.int64)
+        flat = qkv.flatten(1)
+        interpreted(append.rope_append, flat, kv, slots, positions, angles, **options)
+        close(flat.view(tokens, -1, dim)[:, :heads], shared.rotate(q, angles.expand(tokens, -1)))
+    else:
+        interpreted(append.append, kv, k, v, slots)
+    live = slots >= 0
+    shared.append(expected, k[live], v[live], slots[live])
+    assert torch.equal(kv.view(torch.uint8), expected.view(torch.uint8))
+    assert torch.equal(fp8.scales_of(kv), fp8.scales_of(expected))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])

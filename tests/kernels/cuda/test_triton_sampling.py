@@ -109,6 +109,33 @@ def test_a_draw_finds_its_token_in_any_tile_of_the_vocabulary(interpreted: Any) 
     assert actual[:3] == [8999, 0, 4096]
 
 
+def test_greedy_rows_keep_their_token_and_the_coldest_draw_is_no_greedy_row(
+    interpreted: Any,
+) -> None:
+    vocab, rows = 300, 4
+    values = random_logits(rows, vocab)
+    form, maxima = logits.KeyFormat(vocab), values.amax(dim=1)
+    # 1e-50 is 0 in float32, and still a draw: from a row's largest logits alone.
+    temperatures = torch.tensor([0.0, 1.0, 1e-50, 0.0], dtype=torch.float64)
+    keys = interpreted(sampling.keys, values, maxima, temperatures)
+    drawn = torch.tensor([1, 2])
+    expected = form.keys(values[drawn].clone(), maxima[drawn], temperatures[drawn].float())
+    torch.testing.assert_close(
+        form.weights(keys[drawn]).double(), form.weights(expected).double(), rtol=3e-7, atol=1.0
+    )
+    off = torch.zeros(rows, dtype=torch.int64)
+    columns = (off, off, torch.ones(rows, dtype=torch.float64), torch.arange(rows), off.int())
+    token_ids = interpreted(
+        sampling.draw,
+        keys,
+        *columns,
+        temperatures=temperatures,
+        token_ids=torch.full((rows,), 77),
+    )
+    alone = interpreted(sampling.draw, keys[1:2].contiguous(), *(c[1:2] for c in columns))
+    assert token_ids.tolist() == [77, int(alone[0]), int(values[2].argmax()), 77]
+
+
 def test_filters_and_draw_are_exact_to_the_last_unit_of_weight(interpreted: Any) -> None:
     vocab, rows = 3000, 8
     form = logits.KeyFormat(vocab)

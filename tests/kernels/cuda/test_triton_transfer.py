@@ -54,7 +54,7 @@ def test_a_range_of_heads_is_pushed_into_a_pool_that_has_only_them(interpreted: 
     assert torch.equal(target, expected)
 
 
-def test_scales_of_an_fp8_pool_travel_though_a_block_has_few_bytes(interpreted: Any) -> None:
+def test_blocks_of_few_bytes_travel_too(interpreted: Any) -> None:
     for values in (1, 2):  # a block of 4 bytes, and of 8
         source, target = (torch.randn(LAYERS, BLOCKS, values) for _ in range(2))
         expected = target.clone()

@@ -1,0 +1,286 @@
+"""A rank of a worker dies or hangs, and the worker with it: its peer, split differently, keeps the
+laws and its blocks."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import json
+import random
+import signal
+import sys
+from collections import Counter
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+from phasewise.engine.request import TransferAddress
+from phasewise.kv_transfer.events import Asked, Ended, Outcome, PeerUnavailable, Released
+from phasewise.kv_transfer.events import Side as Half
+from phasewise.kv_transfer.layer_clock import LayerClock
+from phasewise.kv_transfer.rank_wire import unpack_address
+
+from .harness import BOUND_S, There, bounded
+from .rank_process import AHEAD, NUM_TOKENS, OVER, kv_of, small_spec
+from .sides import NUM_BLOCKS, Side, Split
+
+PROGRAM = Path(__file__).with_name("rank_process.py")
+CONFIG: dict[str, Any] = {"checksum": True, "small_bytes": 0, "silence_s": 0.6, "answer_s": 2.0}
+SOURCE = [9, 4, 7, 2]  # 16 tokens each
+HERE, THERE = 1, 2  # seeds of what is sent
+_incarnations = itertools.count(1)
+
+
+class Process(There):
+    """One rank of the worker that is harmed."""
+
+    async def line(self) -> Any:
+        return await asyncio.wait_for(self.answers.get(), BOUND_S)
+
+
+@asynccontextmanager
+async def rank_process(setup: dict[str, Any]) -> AsyncIterator[Process]:
+    process = await asyncio.create_subprocess_exec(
+        sys.executable,
+        str(PROGRAM),
+        json.dumps(setup),
+        stdin=asyncio.subprocess.PIPE,
+        stdout=asyncio.subprocess.PIPE,
+    )
+    rank = Process(process)
+    reading = asyncio.create_task(rank.read())
+    try:
+        yield rank
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            process.kill()
+        await process.wait()
+        reading.cancel()
+
+
+@asynccontextmanager
+async def worker_of_two(transport: str) -> AsyncIterator[list[Process]]:
+    """Its leader, who has its address, and its follower; blocks of 16 tokens."""
+    setup: dict[str, Any] = {
+        "rank": 0,
+        "name": "harmed",
+        "incarnation": next(_incarnations),
+        "tensor": 2,
+        "block_size": 16,
+        "seed": THERE,
+        "blocks": SOURCE,
+        "config": {**CONFIG, "transport": transport},
+    }
+    async with rank_process(setup) as leader:
+        door = (await leader.line())["door"]
+        async with rank_process({**setup, "rank": 1, "door": door}) as follower:
+            leader.address = unpack_address((await leader.line())["address"])
+            yield [leader, follower]
+
+
+class Survivor:
+    """A worker of one rank or of two, on this loop; its blocks and its leases."""
+
+    def __init__(self, transport: str, split: Split) -> None:
+        self.side = Side("survivor", small_spec(), split, {**CONFIG, "transport": transport})
+        self.per_lease = NUM_TOKENS // split.block_size
+        self.source = SOURCE[: self.per_lease]
+        self.side.write(kv_of(HERE), self.source)
+        self.free = set(range(NUM_BLOCKS)) - set(self.source)
+        self.held: dict[int, list[int]] = {}
+        self.begun: Counter[int] = Counter()
+        self.ended: Counter[int] = Counter()
+        self.outcomes: Counter[Outcome] = Counter()
+        self.address: TransferAddress
+
+    async def watch(self) -> None:
+        while True:
+            match await self.side.next():
+                case Asked() as asked:
+                    self._answer(asked)
+                case Released(lease=lease, blocks=blocks):
+                    assert self.held.pop(lease) == list(blocks), "released once, and all"
+                    self.free |= set(blocks)
+                case Ended() as ended:
+                    self._end(ended)
+
+    def take(self) -> list[int]:
+        return [self.free.pop() for _ in range(self.per_lease)]
+
+    def hold(self, lease: int, blocks: list[int]) -> None:
+        self.held[lease] = blocks
+        self.begun[lease] += 1
+
+    def _answer(self, asked: Asked) -> None:
+        blocks = self.take()
+        if self.side.kv.answer(asked, blocks):
+            self.hold(asked.lease, blocks)
+        else:
+            self.free |= set(blocks)
+
+    def _end(self, ended: Ended) -> None:
+        self.ended[ended.lease] += 1
+        self.outcomes[ended.outcome] += 1
+        assert self.ended[ended.lease] == 1, "a lease ends once"
+        if ended.side is Half.RECEIVER and ended.outcome is Outcome.COMMITTED:
+            blocks = self.held.pop(ended.lease)
+            assert (self.side.read(blocks, NUM_TOKENS) == kv_of(THERE)).all(), "wrong KV"
+            self.free |= set(blocks)
+
+    async def settled(self) -> None:
+        async with asyncio.timeout(BOUND_S):
+            while self.ended != self.begun or self.held:
+                await asyncio.sleep(0.005)
+        assert len(self.free) == NUM_BLOCKS - len(self.source)
+
+
+@asynccontextmanager
+async def survivor(transport: str, split: Split) -> AsyncIterator[Survivor]:
+    one = Survivor(transport, split)
+    one.address = await one.side.start()
+    watching = asyncio.create_task(one.watch())
+    try:
+        yield one
+        assert not watching.done(), watching.result()
+    finally:
+        watching.cancel()
+        await one.side.close()
+
+
+async def receive(one: Survivor, leader: Process, is_whole: bool) -> None:
+    """A lease of the other's, into this worker: pushed, to its end or into the middle."""
+    num_blocks = len(SOURCE)
+    lease, granted = await leader.do("ask", peer=asdict(one.address), num_blocks=num_blocks)
+    if granted:
+        await leader.do("push", lease=lease, blocks=SOURCE, layers=3 if is_whole else 2)
+        if is_whole:
+            await leader.do("commit", lease=lease, num_tokens=NUM_TOKENS, digest=7)
+
+
+async def fetch(one: Survivor, leader: Process, is_whole: bool) -> None:
+    lease = await leader.do("park", blocks=SOURCE, num_tokens=NUM_TOKENS, digest=7)
+    blocks = one.take()
+    try:
+        await one.side.kv.grant(leader.address, lease, blocks, 7 if is_whole else 8)
+        one.hold(lease, blocks)
+    except PeerUnavailable:
+        one.free |= set(blocks)
+
+
+async def send(one: Survivor, leader: Process, is_whole: bool) -> None:
+    kv, lease = one.side.kv, one.side.kv.new_lease()
+    await leader.do("grants", blocks=[[11, 3, 5, 12]])
+    if not await kv.ask(leader.address, lease, len(one.source), b"", NUM_TOKENS):
+        return
+    one.begun[lease] += 1
+    clock = LayerClock(OVER if is_whole else AHEAD)
+    kv.push(lease, one.source, 0, clock)
+    for layer in range(3 if is_whole else 1):
+        clock.finish(layer)
+    if is_whole:
+        kv.commit(lease, NUM_TOKENS, 7)
+
+
+async def end(ranks: list[Process]) -> None:
+    """The rest of a worker of which a rank is lost goes too: the engine sees to that."""
+    for rank in ranks:
+        with contextlib.suppress(ProcessLookupError):
+            rank.signal(signal.SIGKILL)
+
+
+KILL, STOP = signal.SIGKILL, signal.SIGSTOP
+LEADER, FOLLOWER = 0, 1
+FAULTS = [
+    ("shm", KILL, FOLLOWER),
+    ("tcp", STOP, LEADER),
+    *(
+        pytest.param(*fault, marks=pytest.mark.slow)
+        for fault in [("shm", STOP, FOLLOWER), ("shm", KILL, LEADER), ("tcp", KILL, FOLLOWER)]
+    ),
+]
+
+
+@pytest.mark.parametrize(("transport", "number", "victim"), FAULTS)
+@bounded
+async def test_a_lost_rank_ends_every_lease_of_its_worker_once(
+    transport: str, number: signal.Signals, victim: int
+) -> None:
+    async with (
+        survivor(transport, Split(block_size=32)) as one,
+        worker_of_two(transport) as ranks,
+    ):
+        await receive(one, ranks[0], True)
+        await fetch(one, ranks[0], True)
+        await send(one, ranks[0], True)
+        await one.settled()
+        assert one.outcomes == {Outcome.COMMITTED: 3}
+        await receive(one, ranks[0], False)
+        await send(one, ranks[0], False)
+        ranks[victim].signal(number)
+        async with asyncio.timeout(BOUND_S):
+            while one.ended != one.begun:
+                await asyncio.sleep(0.005)
+        assert one.outcomes[Outcome.COMMITTED] == 3
+        await end(ranks)
+        await one.settled()
+        async with worker_of_two(transport) as ranks:
+            await receive(one, ranks[0], True)
+            await one.settled()
+        assert one.outcomes[Outcome.COMMITTED] == 4
+
+
+class Life:
+    """Some leases with a worker of two, and the end of one of its ranks at any time."""
+
+    def __init__(self, one: Survivor, ranks: list[Process], rng: random.Random) -> None:
+        self.one, self.ranks, self.rng = one, ranks, rng
+        self.is_doomed = rng.random() < 0.7
+
+    async def run(self) -> bool:
+        """Whether the worker lives on."""
+        dying = asyncio.create_task(self._die()) if self.is_doomed else None
+        moves = [self.rng.choice([receive, fetch, send]) for _ in range(self.rng.randint(1, 4))]
+        for move in moves:
+            whole = not self.is_doomed or self.rng.random() < 0.6
+            with contextlib.suppress(PeerUnavailable, TimeoutError, OSError):  # it may be dead
+                await asyncio.wait_for(move(self.one, self.ranks[0], whole), 4)
+        if dying is not None:
+            await dying
+        await self.one.settled()
+        return not self.is_doomed
+
+    async def _die(self) -> None:
+        await asyncio.sleep(self.rng.random() * 0.05)
+        number = self.rng.choice([signal.SIGKILL, signal.SIGSTOP])
+        self.rng.choice(self.ranks).signal(number)
+        await asyncio.sleep(self.rng.choice([0.0, 0.1, 1.0]))  # until the engine sees it
+        await end(self.ranks)
+
+
+async def campaign(transport: str, split: Split, seed: int, lives: int) -> Counter[Outcome]:
+    rng = random.Random(seed)
+    async with survivor(transport, split) as one:
+        while lives:  # counted down by every life
+            async with worker_of_two(transport) as ranks:
+                alive = True
+                while alive and lives:
+                    lives -= 1
+                    alive = await Life(one, ranks, rng).run()
+        return one.outcomes
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("transport", ["shm", "tcp"])
+@pytest.mark.parametrize(
+    "split", [Split(block_size=32), Split(pipeline=2, block_size=8)], ids=["one", "stages"]
+)
+def test_a_survivor_keeps_the_laws_over_random_lives_of_workers_of_two(
+    transport: str, split: Split
+) -> None:
+    outcomes = asyncio.run(asyncio.wait_for(campaign(transport, split, 3, 10), 200))
+    assert outcomes[Outcome.COMMITTED] > 3, outcomes
+    assert sum(outcomes.values()) - outcomes[Outcome.COMMITTED] > 3, outcomes

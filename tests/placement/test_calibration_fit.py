@@ -1,0 +1,103 @@
+"""Overheads: what they add to a simulated request, and that a calibration finds them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from phasewise.placement.calibration import read_calibration, write_calibration
+from phasewise.placement.calibration_fit import calibration_load, fit_overheads
+from phasewise.placement.deployment import Deployment, Overheads
+from phasewise.placement.simulator import simulate
+from phasewise.placement.workload import Workload
+
+from .simulated_clusters import STEP, pair, requests
+
+TRUE = Overheads(
+    admit_s=0.0015,
+    report_s=0.0015,
+    handoff_s=0.002,
+    step_s=0.0007,
+    row_s=0.00003,
+    prompt_s=0.002,
+    prompt_share=0.2,
+    cores=2,
+    serve_s=0.0006,
+    serve_row_s=0.00015,
+)
+
+
+def twin(overheads: Overheads) -> Deployment:
+    return replace(pair(), overheads=overheads)
+
+
+def one(prompt: int, output: int) -> Workload:
+    return Workload(
+        arrival_s=np.zeros(1),
+        prompt_tokens=np.array([prompt], np.int32),
+        output_tokens=np.array([output], np.int32),
+    )
+
+
+def test_a_single_prompt_pays_every_overhead_on_its_way_once() -> None:
+    run = simulate(twin(TRUE), one(100, 1))
+    alone_s = STEP.base_s + 100 * STEP.new_token_s + STEP.attention_s * 100 * 50
+    expected = alone_s * 1.2 + 0.0015 + 0.0015 + 0.0007 + 0.002
+    assert run.ttft_s[0] == pytest.approx(expected)
+
+
+def test_a_row_pays_its_share_of_host_work_in_every_step() -> None:
+    free = simulate(twin(Overheads()), one(100, 11))
+    taxed = simulate(twin(Overheads(row_s=0.001)), one(100, 11))
+    assert taxed.tpot_s[0] - free.tpot_s[0] == pytest.approx(0.001)
+
+
+def test_steps_take_longer_while_as_many_workers_compute_as_there_are_cores() -> None:
+    together = Workload(
+        arrival_s=np.array([0.0, 0.05]),
+        prompt_tokens=np.array([100, 4000], np.int32),
+        output_tokens=np.array([50, 1], np.int32),
+    )
+    crowded = Overheads(cores=2, serve_s=0.004)
+    apart, shared, roomy = (
+        simulate(replace(pair(max_batch_tokens=4096), overheads=overheads), together)
+        for overheads in (Overheads(), crowded, replace(crowded, cores=3))
+    )
+    assert shared.tpot_s[0] > 1.2 * apart.tpot_s[0]
+    assert shared.ttft_s[0] == pytest.approx(apart.ttft_s[0])  # nobody else computed
+    roomy = simulate(
+        replace(pair(max_batch_tokens=4096), overheads=replace(crowded, cores=3)), together
+    )
+    assert roomy.tpot_s[0] == pytest.approx(apart.tpot_s[0])
+
+
+def test_a_twin_with_fitted_overheads_predicts_another_load() -> None:
+    load = calibration_load((16, 64, 128, 256, 512), answer=40, idle_s=0.2)
+    live = simulate(twin(TRUE), load)
+    fitted = fit_overheads(twin, load, live.ttft_s, live.tpot_s, cores=2)
+    assert fitted.ttft_error < 0.05 and fitted.tpot_error < 0.05
+    other = requests(200, 8.0, seed=5)
+    expected = simulate(twin(TRUE), other)
+    predicted = simulate(twin(fitted.overheads), other)
+    plain = simulate(twin(Overheads()), other)
+    for column in ("ttft_s", "tpot_s"):
+        mean = float(getattr(expected, column).mean())
+        assert float(getattr(predicted, column).mean()) == pytest.approx(mean, rel=0.05)
+        assert float(getattr(plain, column).mean()) < 0.9 * mean
+
+
+def test_without_shared_cores_steps_keep_the_time_the_model_gives() -> None:
+    load = calibration_load((16, 64, 128, 256, 512), answer=20, idle_s=0.2)
+    live = simulate(twin(replace(TRUE, cores=0, prompt_share=0.0)), load)
+    found = fit_overheads(twin, load, live.ttft_s, live.tpot_s, cores=0).overheads
+    assert (found.cores, found.prompt_share, found.serve_s) == (0, 0.0, 0.0)
+
+
+def test_a_written_calibration_reads_back(tmp_path: Path) -> None:
+    write_calibration(TRUE, "made up", tmp_path / "calibration.json")
+    found = read_calibration(tmp_path / "calibration.json")
+    assert found.origin == "made up" and found.network is None
+    for name in TRUE.__slots__:
+        assert getattr(found.overheads, name) == pytest.approx(getattr(TRUE, name))
