@@ -20,6 +20,7 @@ import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from phasewise.configs.load import load_plan
 from phasewise.placement.deployment import Deployment, replicas
@@ -98,7 +99,7 @@ def counted_as_distserve(requests: Workload) -> Workload:
     )
 
 
-def measure(largest: int, peer_s: float) -> dict[str, object]:
+def measure(largest: int, peer_s: float) -> dict[str, Any]:
     system, phases = deployment(), mirror_phases()
     rows = []
     size = 1000
@@ -107,7 +108,7 @@ def measure(largest: int, peer_s: float) -> dict[str, object]:
         counted = counted_as_distserve(requests)
         repeats = max(1, min(7, 20_000 // size))
         wall_s, cpu_s = median_s(lambda c=counted: mirror(c, *phases), repeats)
-        row = {"requests": size, "mirror_s": wall_s, "mirror_cpu_s": cpu_s}
+        row: dict[str, Any] = {"requests": size, "mirror_s": wall_s, "mirror_cpu_s": cpu_s}
         wall_s, cpu_s = median_s(lambda w=requests: simulate(system, w), repeats)
         row |= {"simulator_s": wall_s, "simulator_cpu_s": cpu_s}
         rows.append(row)
@@ -151,7 +152,7 @@ def main() -> None:
     parser.add_argument("--peer-s", type=float, default=PEER_S, help="simdistserve's seconds")
     args = parser.parse_args()
     plans = {affinity: plan(affinity) for affinity in ("high", "low", "auto")}
-    figures = measure(args.requests, args.peer_s) | {"plans": plans}
+    figures: dict[str, Any] = measure(args.requests, args.peer_s) | {"plans": plans}
     if args.json:
         print(json.dumps(figures))
         return

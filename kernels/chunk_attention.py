@@ -6,7 +6,8 @@ are left out. The readable version is `reference.attend`.
 """
 
 # pyright: reportCallIssue=false, reportPrivateImportUsage=false
-# (an intrinsic is called without its typing context)
+# ruff: noqa: ANN001
+# (an intrinsic is called without its typing context; Numba infers the arguments' types)
 
 from __future__ import annotations
 
@@ -42,7 +43,7 @@ def _columns(context: int) -> int:
 
 @njit(inline="always")
 def _widen_context(
-    kv_at, table, begin, end, head, kv_heads, keys, values_at, row_at, size, dim, wide  # noqa: ANN001
+    kv_at, table, begin, end, head, kv_heads, keys, values_at, row_at, size, dim, wide
 ) -> None:
     """One KV head's positions [begin, end) as float32: `keys` [dim, positions], values by row.
 
@@ -67,7 +68,7 @@ def _widen_context(
 
 
 @njit(inline="always")
-def _widen_queries(q_at, q_stride, rows, scale, query_at, dim, wide) -> None:  # noqa: ANN001
+def _widen_queries(q_at, q_stride, rows, scale, query_at, dim, wide) -> None:
     """`rows` of the tile's queries, scaled, as float32 [TILE, dim]; the others are zero."""
     queries = carray(pointer(query_at), (TILE * dim,), np.float32)
     queries[:] = np.float32(0.0)
@@ -78,7 +79,7 @@ def _widen_queries(q_at, q_stride, rows, scale, query_at, dim, wide) -> None:  #
 
 
 @njit(inline="always")
-def _soften(scores_at, row_len, width, seen, most, window) -> None:  # noqa: ANN001
+def _soften(scores_at, row_len, width, seen, most, window) -> None:
     """Softmax of a tile's rows; row r sees `seen` + r of its columns, the last `window` of them."""
     for r in range(TILE):
         row_at = scores_at + 4 * r * row_len
@@ -99,7 +100,7 @@ def chunk_body(head_dim: int, block_size: int, wide: bool) -> Body:
     """
     dim, size, item = head_dim, block_size, 4 if wide else 2
 
-    def body(p):  # noqa: ANN001, ANN202
+    def body(p):  # noqa: ANN202
         num_chunks, num_heads, kv_heads, parts, window = p[1], p[2], p[3], p[4], p[5]
         q_stride, out_stride, scale, longest = p[6], p[7], np.float32(as_double(p[8])), p[14]
         thread, group, row_len = thread_num(), num_heads // kv_heads, longest + LANES

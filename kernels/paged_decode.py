@@ -29,6 +29,14 @@ def scratch_floats(heads: int, head_dim: int, row_len: int) -> int:
 
 
 @njit(inline="always")
+def _ask_for(block_at, low, high, kv_heads, tile_bytes) -> None:  # noqa: ANN001
+    """Keys and values of the heads [low, high) of a block: else each begins with a wait."""
+    for head in range(low, high):
+        prefetch(block_at + head * tile_bytes, tile_bytes)
+        prefetch(block_at + (kv_heads + head) * tile_bytes, tile_bytes)
+
+
+@njit(inline="always")
 def _score(query, keys, row_at, begin, stop, scale, in_sixteens, size, dim, wide) -> None:  # noqa: ANN001
     """Scores of one query over a block. Sixteen at a time they are those of the whole block, also
     of positions outside [begin, stop), which nobody reads."""
@@ -60,8 +68,7 @@ def decode_body(head_dim: int, block_size: int, wide: bool) -> Body:
         contexts = carray(pointer(p[15]), (num_tokens,), np.int64)
         bounds = carray(pointer(p[16]), (p[0] + 1,), np.int64)
         span = p[19]  # KV heads a task
-        floats = span * group * (row_len + 2 * dim)
-        scores_at = p[17] + 4 * thread * floats
+        scores_at = p[17] + 4 * thread * span * group * (row_len + 2 * dim)
         query_at = scores_at + 4 * span * group * row_len
         sum_at = query_at + 4 * span * group * dim
         sums = carray(pointer(sum_at), (span * group * dim,), np.float32)
@@ -77,9 +84,7 @@ def decode_body(head_dim: int, block_size: int, wide: bool) -> Body:
                 tile = kv_at + tile_bytes * (np.int64(table[b]) * 2 * kv_heads + head)
                 begin, stop = max(low - b * size, 0), min(context - b * size, size)
                 ahead = kv_at + tile_bytes * np.int64(table[min(b + AHEAD, end - 1)]) * 2 * kv_heads
-                for s in range(head, head + span):  # else each block begins with a wait for memory
-                    prefetch(ahead + s * tile_bytes, tile_bytes)
-                    prefetch(ahead + (kv_heads + s) * tile_bytes, tile_bytes)
+                _ask_for(ahead, head, head + span, kv_heads, tile_bytes)
                 for g in range(span * group):
                     query, key = query_at + 4 * g * dim, tile + g // group * tile_bytes
                     row_at = scores_at + 4 * (g * row_len + (b - first) * size)

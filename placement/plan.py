@@ -88,9 +88,8 @@ def _searched(
 ) -> tuple[Search, Sequence[Judged], dict[bool, Verified]]:
     """The search, what it ranked, and the best of each kind, colocated or not. Where recurrences
     promise a rate that no finalist carries in simulation, more is asked of them."""
-    asked, seen = problem, []
+    asked, search, seen = problem, Search(problem, report), []
     for _ in range(SEARCHES):
-        search = Search(asked, report)
         ranked = search.run()
         kinds: dict[bool, Verified] = {}
         for colocated in (False, True):
@@ -108,6 +107,7 @@ def _searched(
         more = max(1.05, 1.02 * problem.rate_rps / most_rps)
         spec = replace(asked.workload, rate_rps=asked.rate_rps * more)
         asked = replace(asked, workload=spec)
+        search = Search(asked, report)
     raise _unconfirmed(problem, seen) if seen else _why_not(problem, search)
 
 

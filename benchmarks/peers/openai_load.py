@@ -12,6 +12,7 @@ import random
 import statistics
 import sys
 import time
+from collections import Counter
 from dataclasses import asdict, dataclass
 
 
@@ -74,16 +75,19 @@ async def _run(port: int, model: str, load: Load, seed: int, limit_s: float) -> 
     ]
 
     started_s = time.perf_counter()
+    lost: Counter[str] = Counter()
 
     async def one(body: dict[str, object]) -> _Stream | None:
         try:
             async with asyncio.timeout(started_s + limit_s - time.perf_counter()), places:
                 return await _stream(port, body)
         except (OSError, RuntimeError, asyncio.IncompleteReadError) as error:
-            print(f"port {port}: a stream was lost: {error!r}", file=sys.stderr)
+            lost[repr(error)] += 1
             return None
 
     streams = await asyncio.gather(*(one(body) for body in bodies))
+    for error, count in lost.items():
+        print(f"port {port}: {count} streams were lost: {error}", file=sys.stderr)
     whole = [s for s in streams if s is not None and s.num_tokens == load.output_tokens]
     if not whole:
         raise RuntimeError(f"none of {len(streams)} streams was whole")

@@ -31,7 +31,7 @@ LAYOUT = KVLayout(
 )
 PROGRAM = Path(__file__).with_name("peer_process.py")
 BOUND_S = 20.0  # of every wait: a hang fails, slowness does not
-QUICK: dict[str, Any] = {"checksum": True, "silence_s": 0.7}
+QUICK: dict[str, Any] = {"checksum": True, "silence_s": 0.8}
 LAYERED: dict[str, Any] = {**QUICK, "small_bytes": 0}
 
 

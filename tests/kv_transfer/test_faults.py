@@ -14,7 +14,7 @@ import pytest
 from phasewise.engine.request import TransferAddress
 from phasewise.kv_transfer.events import Outcome, PeerUnavailable
 from phasewise.kv_transfer.layer_clock import LayerClock, finished_clock
-from phasewise.kv_transfer.messages import Beat, Grant, Message, pack_blocks
+from phasewise.kv_transfer.messages import Beat, Grant, Message, framed, pack_blocks
 
 from .harness import LAYERED, LAYOUT, QUICK, Here, There, bounded, here, pool_bytes, there
 
@@ -308,7 +308,7 @@ async def test_babble_from_a_peer_ends_that_pair_only(transport: str) -> None:
         decode.endpoint.answer(await decode.asked(), [3])
         assert await asking
         (pair,) = liar.endpoint._board.pairs.values()
-        pair.sock.send(b"\x05\x00\x00\x00\x93\x01\x02\x03\x04")
+        pair.sock.send(framed(b"\x93\x01\x02\x03\x04"))
         assert (await decode.ended()).outcome is Outcome.LOST
         assert (await decode.released()).blocks == (3,)
         assert decode.endpoint.counters()["malformed"] == 1

@@ -29,7 +29,7 @@ from .rank_process import AHEAD, NUM_TOKENS, OVER, kv_of, small_spec
 from .sides import NUM_BLOCKS, Side, Split
 
 PROGRAM = Path(__file__).with_name("rank_process.py")
-CONFIG: dict[str, Any] = {"checksum": True, "small_bytes": 0, "silence_s": 0.6, "answer_s": 2.0}
+CONFIG: dict[str, Any] = {"checksum": True, "small_bytes": 0, "silence_s": 0.6, "answer_s": 1.0}
 SOURCE = [9, 4, 7, 2]  # 16 tokens each
 HERE, THERE = 1, 2  # seeds of what is sent
 _incarnations = itertools.count(1)
@@ -37,6 +37,21 @@ _incarnations = itertools.count(1)
 
 class Process(There):
     """One rank of the worker that is harmed."""
+
+    def __init__(self, process: asyncio.subprocess.Process) -> None:
+        super().__init__(process)
+        self.is_doomed = asyncio.Event()
+
+    async def do(self, command: str, **arguments: Any) -> Any:
+        """As long as its worker lives; then PeerUnavailable."""
+        doing = asyncio.create_task(super().do(command, **arguments))
+        doom = asyncio.create_task(self.is_doomed.wait())
+        done, pending = await asyncio.wait({doing, doom}, return_when=asyncio.FIRST_COMPLETED)
+        for task in pending:
+            task.cancel()
+        if doing not in done:
+            raise PeerUnavailable("the other worker is gone")
+        return doing.result()
 
     async def line(self) -> Any:
         return await asyncio.wait_for(self.answers.get(), BOUND_S)
@@ -88,7 +103,7 @@ class Survivor:
     def __init__(self, transport: str, split: Split) -> None:
         self.side = Side("survivor", small_spec(), split, {**CONFIG, "transport": transport})
         self.per_lease = NUM_TOKENS // split.block_size
-        self.source = SOURCE[: self.per_lease]
+        self.source = list(range(0, 2 * self.per_lease, 2))
         self.side.write(kv_of(HERE), self.source)
         self.free = set(range(NUM_BLOCKS)) - set(self.source)
         self.held: dict[int, list[int]] = {}
@@ -244,21 +259,22 @@ class Life:
         """Whether the worker lives on."""
         dying = asyncio.create_task(self._die()) if self.is_doomed else None
         moves = [self.rng.choice([receive, fetch, send]) for _ in range(self.rng.randint(1, 4))]
-        for move in moves:
-            whole = not self.is_doomed or self.rng.random() < 0.6
-            with contextlib.suppress(PeerUnavailable, TimeoutError, OSError):  # it may be dead
-                await asyncio.wait_for(move(self.one, self.ranks[0], whole), 4)
+        for index, move in enumerate(moves):
+            whole = not self.is_doomed or (index > 0 and self.rng.random() < 0.6)
+            with contextlib.suppress(PeerUnavailable, OSError):  # it may be dead
+                await move(self.one, self.ranks[0], whole)
         if dying is not None:
             await dying
         await self.one.settled()
         return not self.is_doomed
 
     async def _die(self) -> None:
-        await asyncio.sleep(self.rng.random() * 0.05)
+        await asyncio.sleep(self.rng.random() * 0.1)
         number = self.rng.choice([signal.SIGKILL, signal.SIGSTOP])
         self.rng.choice(self.ranks).signal(number)
-        await asyncio.sleep(self.rng.choice([0.0, 0.1, 1.0]))  # until the engine sees it
+        await asyncio.sleep(self.rng.choice([0.0, 0.1, 0.8]))  # until the engine sees it
         await end(self.ranks)
+        self.ranks[0].is_doomed.set()
 
 
 async def campaign(transport: str, split: Split, seed: int, lives: int) -> Counter[Outcome]:
@@ -274,13 +290,13 @@ async def campaign(transport: str, split: Split, seed: int, lives: int) -> Count
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("transport", ["shm", "tcp"])
 @pytest.mark.parametrize(
-    "split", [Split(block_size=32), Split(pipeline=2, block_size=8)], ids=["one", "stages"]
+    ("transport", "split"),
+    [("shm", Split(block_size=32)), ("tcp", Split(pipeline=2, block_size=8))],
 )
 def test_a_survivor_keeps_the_laws_over_random_lives_of_workers_of_two(
     transport: str, split: Split
 ) -> None:
-    outcomes = asyncio.run(asyncio.wait_for(campaign(transport, split, 3, 10), 200))
-    assert outcomes[Outcome.COMMITTED] > 3, outcomes
-    assert sum(outcomes.values()) - outcomes[Outcome.COMMITTED] > 3, outcomes
+    outcomes = asyncio.run(asyncio.wait_for(campaign(transport, split, 3, 8), 200))
+    assert outcomes[Outcome.COMMITTED] > 2, outcomes
+    assert sum(outcomes.values()) - outcomes[Outcome.COMMITTED] > 2, outcomes

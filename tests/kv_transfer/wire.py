@@ -12,7 +12,7 @@ from phasewise.engine.request import TransferAddress
 from phasewise.kv_transfer.handshake import CONTROL
 from phasewise.kv_transfer.messages import HEAD
 
-BYTES = ("flip", "drop", "repeat", "swap", "cut", "half cut", "stall", "silence")
+BYTES = ("flip", "drop", "repeat", "swap", "cut", "half cut", "stall", "silence", "half silence")
 FRAMES = ("frame lost", "frame twice", "frame late", "frames swapped")
 STALL_S = 0.1
 
@@ -123,6 +123,8 @@ class Wire:
             await self._pass(writer, await self._mangle(fault, data[at:]))
             if fault.what == "half cut":  # one way of one connection
                 writer.close()
+            while fault.what == "half silence" and await reader.read(1 << 16):
+                pass
             return
 
     async def _mangle(self, fault: Fault, data: bytes) -> bytes:
@@ -142,7 +144,7 @@ class Wire:
             case "silence":
                 self._is_silent.set()
                 return b""
-            case "half cut":
+            case "half cut" | "half silence":
                 return b""
             case _:
                 await asyncio.sleep(STALL_S)
