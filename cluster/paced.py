@@ -23,9 +23,7 @@ def paced_token_bytes(model: ModelConfig, kv: KVConfig, paced: PacedConfig) -> i
     return round(paced_shape(model, kv, paced).kv_bytes_per_token)
 
 
-def check_paced(
-    model: ModelConfig, kv: KVConfig, paced: PacedConfig, tensor_parallel: int
-) -> None:
+def check_paced(model: ModelConfig, kv: KVConfig, paced: PacedConfig, tensor_parallel: int) -> None:
     """Raises InvalidConfig for what a paced worker cannot pretend."""
     paced_source(model, kv, paced).phase("mixed", tensor_parallel, 1)
     paced_bytes_per_s(paced, tensor_parallel)
