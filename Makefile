@@ -8,12 +8,15 @@ STAMP := .venv/.installed
 demo: install
 	$(BIN)/phasewise demo
 
-# Two at a time, a file to a process: several files share a checkpoint or a cluster.
+# Two at a time, a file to a process: several files share a checkpoint or a cluster. A thread
+# each, else torch's own threads wait for one another on two cores.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 --dist loadfile
+
 test: install
-	$(BIN)/pytest -q -n 2 --dist loadfile
+	$(PYTEST)
 
 quick: install
-	$(BIN)/pytest -q -n 2 --dist loadfile -m "not slow and not gpu"
+	$(PYTEST) -m "not slow and not gpu"
 
 lint: install
 	$(BIN)/ruff check .

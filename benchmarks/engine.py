@@ -2,36 +2,43 @@
 
     python benchmarks/engine.py --vllm VENV [--json] [--cases 4M 81M pair] [--rounds 5]
 
-Every server of a case is up at the same time and they take turns, round by round; the first
-round is discarded and the median of the others counts. A peer that is not installed is skipped
-aloud. `benchmarks/peers/README.md` tells how to install vLLM's CPU build.
+Every server of a case is up at the same time and they take turns, round by round, after a first
+one that is discarded; the median counts. A round that lost streams is told and counted as such,
+and its server begun anew; vLLM's pair, which hangs after a round or two, is begun anew for every
+round, with a short warm-up in place of the discarded round. A peer that is not installed is
+skipped aloud. `benchmarks/peers/README.md` tells how to install vLLM's CPU build. However this
+command ends, its servers end.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import datetime
 import json
+import os
+import platform
+import signal
 import statistics
 import sys
 import tempfile
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from peers.openai_load import Load, LoadResult, run_load
+from peers.openai_load import Load
 from peers.random_checkpoint import SHAPES, write_checkpoint
+from peers.rounds import Contender, Rounds, Server
 from peers.servers import PeerMissing, phasewise, vllm, vllm_pair
 from rich.console import Console
-from rich.progress import Progress
 from rich.table import Table
 
-Server = Callable[[], AbstractContextManager[int]]
 LARGE = Load(num_requests=100, input_tokens=256, output_tokens=64, concurrency=100)
 WIDE = Load(num_requests=32, input_tokens=128, output_tokens=32, concurrency=32)
-ATTEMPTS = 3
+CASES = ("4M", "81M", "pair")
 PAIR = Load(num_requests=60, input_tokens=256, output_tokens=64, concurrency=16)
+PAIR_WARM_UP = Load(num_requests=16, input_tokens=256, output_tokens=64, concurrency=16)
+CASE_S = 200.0  # no round of a case begins later than this
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +49,19 @@ class Case:
     load: Load
     goal: float
     servers: dict[str, Server]
+    warm_up: Load
+    fresh: frozenset[str] = frozenset()  # begun anew for every round
+
+    def rounds(self, title: str, name: str) -> Rounds:
+        contender = Contender(
+            name=f"{title}: {name}",
+            server=self.servers[name],
+            model=self.shape,
+            load=self.load,
+            warm_up=self.warm_up,
+            fresh=name in self.fresh,
+        )
+        return Rounds(contender)
 
 
 def cases(folder: Path, venv: Path) -> dict[str, Case]:
@@ -58,65 +78,58 @@ def cases(folder: Path, venv: Path) -> dict[str, Case]:
         "vllm": lambda: vllm_pair(venv, small),
     }
     return {
-        "4M": Case("4M", LARGE, 1.5, colocated(small)),
-        "81M": Case("81M", WIDE, 1.0, colocated(large)),
-        "pair": Case("4M", PAIR, 2.0, pair),
+        "4M": Case("4M", LARGE, 1.5, colocated(small), LARGE),
+        "81M": Case("81M", WIDE, 1.0, colocated(large), WIDE),
+        "pair": Case("4M", PAIR, 2.0, pair, PAIR_WARM_UP, frozenset({"vllm"})),
     }
 
 
-def run_case(
-    case: Case, rounds: int, progress: Progress, title: str
-) -> dict[str, list[LoadResult]]:
-    """Results by server, first round left out. A peer that is missing has none."""
-    results: dict[str, list[LoadResult]] = {name: [] for name in case.servers}
+def run_case(case: Case, rounds: int, title: str) -> dict[str, Rounds]:
+    """What the rounds came to, by server. A peer that is missing is left out."""
+    running: dict[str, Rounds] = {}
+    began_s = time.monotonic()
     with contextlib.ExitStack() as stack:
-        ports: dict[str, int] = {}
-        for name, server in case.servers.items():
+        for name in case.servers:
             try:
-                ports[name] = stack.enter_context(server())
+                running[name] = stack.enter_context(case.rounds(title, name))
             except PeerMissing as missing:
                 print(f"{title}: {name} is skipped: {missing}", file=sys.stderr)
-        task = progress.add_task(title, total=(rounds + 1) * len(ports))
-        for seed in range(rounds + 1):
-            for name, port in ports.items():
-                result = run_whole(port, case, seed, f"{title}: {name}")
-                if seed:
-                    results[name].append(result)
-                progress.advance(task)
-    return results
+        for seed in range(1, rounds + 1):
+            if time.monotonic() - began_s > CASE_S:
+                print(f"{title}: {seed - 1} of {rounds} rounds in {CASE_S:g} s", file=sys.stderr)
+                break
+            for one in running.values():
+                one.run(seed)
+    return running
 
 
-def run_whole(port: int, case: Case, seed: int, title: str) -> LoadResult:
-    """One round. One that lost streams is run again, aloud; what is lost every time counts."""
-    result = run_load(port, case.shape, case.load, seed)
-    for attempt in range(1, ATTEMPTS):
-        if not result.lost:
-            break
-        print(f"{title}: attempt {attempt} of {ATTEMPTS} lost {result.lost}", file=sys.stderr)
-        result = run_load(port, case.shape, case.load, seed)
-    return result
-
-
-def summary(case: Case, results: dict[str, list[LoadResult]]) -> dict[str, object]:
+def summary(case: Case, running: dict[str, Rounds]) -> dict[str, object]:
     """Medians by server, and the ratio of output tokens/s to vLLM's, round by round."""
-    fields = LoadResult.__dataclass_fields__
-    medians = {
-        name: {f: round(statistics.median(getattr(r, f) for r in rows), 2) for f in fields}
-        for name, rows in results.items()
-        if rows
-    }
+    counted = {name: one.counted() for name, one in running.items()}
+    ours, theirs = counted["phasewise"], counted.get("vllm", {})
     ratios = [
-        ours.output_tokens_per_s / theirs.output_tokens_per_s
-        for ours, theirs in zip(results["phasewise"], results["vllm"], strict=False)
+        ours[seed].output_tokens_per_s / theirs[seed].output_tokens_per_s
+        for seed in ours
+        if seed in theirs
     ]
     return {
         "load": f"{case.load.num_requests} x ({case.load.input_tokens}/{case.load.output_tokens}), "
         f"{case.load.concurrency} at once",
-        "medians": medians,
+        "medians": {name: one.medians() for name, one in running.items() if counted[name]},
         "ratio": round(statistics.median(ratios), 2) if ratios else None,
         "ratios": [round(ratio, 2) for ratio in ratios],
         "goal": case.goal,
+        "servers": {name: one.as_json() for name, one in running.items()},
     }
+
+
+def machine() -> str:
+    named = [
+        line for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line
+    ]
+    name = named[0].partition(":")[2].strip() if named else platform.processor()
+    gib = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    return f"{os.cpu_count()} cores of {name}, {gib:.0f} GiB"
 
 
 def show(report: dict[str, dict[str, object]]) -> None:
@@ -129,6 +142,7 @@ def show(report: dict[str, dict[str, object]]) -> None:
         "TTFT p50",
         "TTFT p90",
         "TPOT p50",
+        "whole",
         "lost",
         "ratio",
         "goal",
@@ -136,8 +150,8 @@ def show(report: dict[str, dict[str, object]]) -> None:
     for column in columns:
         table.add_column(column, justify="left" if column in ("case", "server") else "right")
     for name, case in report.items():
-        medians = case["medians"]
-        assert isinstance(medians, dict)
+        medians, servers = case["medians"], case["servers"]
+        assert isinstance(medians, dict) and isinstance(servers, dict)
         for server, row in medians.items():
             ours = server == "phasewise"
             table.add_row(
@@ -148,7 +162,8 @@ def show(report: dict[str, dict[str, object]]) -> None:
                 f"{row['ttft_p50_ms']:.0f} ms",
                 f"{row['ttft_p90_ms']:.0f} ms",
                 f"{row['tpot_p50_ms']:.1f} ms",
-                f"{row['lost']:.0f}",
+                f"{servers[server]['whole']} of {servers[server]['rounds']}",
+                f"{servers[server]['lost_streams']}",
                 f"{case['ratio']}" if ours else "",
                 f"{case['goal']}" if ours else "",
             )
@@ -158,20 +173,28 @@ def show(report: dict[str, dict[str, object]]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else "")
     parser.add_argument("--vllm", type=Path, default=Path("peers-venv"), help="vLLM's venv")
-    parser.add_argument("--cases", nargs="+", default=["4M", "81M", "pair"])
+    parser.add_argument("--cases", nargs="+", default=CASES, choices=CASES)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
-    report = {}
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        Progress(console=Console(stderr=True)) as progress,
-    ):
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended by SIGTERM"))
+    report: dict[str, dict[str, object]] = {}
+    with tempfile.TemporaryDirectory() as folder:
         chosen = cases(Path(folder), options.vllm.absolute())
         for name in options.cases:
-            results = run_case(chosen[name], options.rounds, progress, name)
-            report[name] = summary(chosen[name], results)
-    print(json.dumps(report, indent=1)) if options.json else show(report)
+            running = run_case(chosen[name], options.rounds, name)
+            report[name] = summary(chosen[name], running)
+    if not options.json:
+        show(report)
+        return
+    asked = f"--cases {' '.join(options.cases)} --rounds {options.rounds}"
+    made = {
+        "date": datetime.date.today().isoformat(),
+        "machine": machine(),
+        "command": f"python benchmarks/engine.py --vllm VENV --json {asked}",
+        "cases": report,
+    }
+    print(json.dumps(made, indent=1))
 
 
 if __name__ == "__main__":

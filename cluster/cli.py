@@ -60,13 +60,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 def add_config_arguments(parser: argparse.ArgumentParser) -> None:
     """The cluster file and the values set over it."""
     parser.add_argument("config", metavar="CONFIG", help="cluster file (YAML)")
+    add_overrides(parser, example="decode.replicas=2")
+
+
+def add_overrides(parser: argparse.ArgumentParser, example: str) -> None:
+    """Values set over a file's."""
     parser.add_argument(
         "--set",
         metavar="KEY.PATH=VALUE",
         action="append",
         default=[],
         dest="overrides",
-        help="set a key over the file, as in --set decode.replicas=2; may be repeated",
+        help=f"set a key over the file, as in --set {example}; may be repeated",
     )
 
 

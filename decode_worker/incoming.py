@@ -28,6 +28,7 @@ class Incoming:
     lease: int
     source: TransferAddress
     since_s: float
+    digest: int  # of the tokens whose KV it is; made while that is on its way
     fetch: asyncio.Task[None] | None = None
 
 
@@ -88,13 +89,13 @@ class Inbox:
         now_s = self.clock()
         if lease in self._committed:
             ended, _ = self._committed.pop(lease)
-            self._admit(sequence, ended, since_s=now_s)
+            self._admit(sequence, ended, _known_digest(sequence), since_s=now_s)
         elif lease in self._granted:
-            self._expect(Incoming(sequence, lease, source, now_s))
+            self._expect(Incoming(sequence, lease, source, now_s, _known_digest(sequence)))
         elif granted:
             self.news.lost.append((sequence, "the KV's transfer ended before it was resumed"))
         else:
-            self._expect(Incoming(sequence, lease, source, now_s))
+            self._expect(Incoming(sequence, lease, source, now_s, _known_digest(sequence)))
             self.scheduler.wait_for_room(sequence, now_s)
 
     def refuse(self, lease: int, source: TransferAddress) -> None:
@@ -126,7 +127,7 @@ class Inbox:
                 if refused:
                     self._drop_committed(event.lease)
             else:
-                self._admit(incoming.sequence, event, since_s=incoming.since_s)
+                self._admit(incoming.sequence, event, incoming.digest, since_s=incoming.since_s)
             return
         self._unhold(event.lease)
         if incoming is not None:
@@ -172,9 +173,9 @@ class Inbox:
             del self._lease_of[incoming.sequence.id]
         return incoming
 
-    def _admit(self, sequence: Sequence, ended: Ended, *, since_s: float) -> None:
+    def _admit(self, sequence: Sequence, ended: Ended, digest: int, *, since_s: float) -> None:
         pushed_behind = self._prefixes.pop(ended.lease, [])
-        if self._fault(sequence, ended, pushed_behind):
+        if ended.digest != digest or self._fault(sequence, ended, pushed_behind):
             self.scheduler.unlease(list(ended.blocks))
             self.scheduler.unhold(pushed_behind)
             self._lose(sequence, "the KV that came is not this request's")
@@ -185,8 +186,8 @@ class Inbox:
         self.news.ready.append((sequence, now_s - since_s))
 
     def _fault(self, sequence: Sequence, ended: Ended, pushed_behind: list[int]) -> bool:
-        """Whether the KV is of other tokens than the sequence's, or was put behind others'."""
-        if ended.digest != _known_digest(sequence) or ended.num_tokens != sequence.num_tokens - 1:
+        """Whether the KV is of another number of tokens, or was put behind others' blocks."""
+        if ended.num_tokens != sequence.num_tokens - 1:
             return True
         prefix = self.scheduler.prefix
         names = prefix.shareable(sequence, ended.num_tokens)[: len(pushed_behind)]
@@ -198,9 +199,8 @@ class Inbox:
 
     async def _fetch(self, incoming: Incoming, blocks: list[int]) -> None:
         try:
-            digest = _known_digest(incoming.sequence)
-            skip = len(incoming.sequence.blocks)
-            await self.kv.grant(incoming.source, incoming.lease, blocks, digest, skip)
+            source, lease, skip = incoming.source, incoming.lease, len(incoming.sequence.blocks)
+            await self.kv.grant(source, lease, blocks, incoming.digest, skip)
         except (PeerUnavailable, PeerRefused) as error:
             self._granted.discard(incoming.lease)
             self._refused.discard(incoming.lease)

@@ -57,10 +57,6 @@ class ModelSpec:
     def is_opt(self) -> bool:
         return self.family == "opt"
 
-    def is_mixture(self, layer: int) -> bool:
-        """Whether the layer's MLP is a mixture of experts."""
-        return self.mixture is not None and layer in self.mixture.layers
-
     def layer_parameters(self, layer: int) -> int:
         """Weights of one decoder layer."""
         hidden, inner = self.hidden_size, self.intermediate_size
@@ -89,10 +85,6 @@ class ModelSpec:
     def weight_bytes(self, dtype: str) -> int:
         """Bytes of all weights in a dtype."""
         return self.num_parameters * ITEM_BYTES[dtype]
-
-    def kv_bytes_per_token(self, dtype: str) -> int:
-        """Bytes of KV that one position takes over all layers."""
-        return self.num_layers * 2 * self.num_kv_heads * self.head_dim * ITEM_BYTES[dtype]
 
     @property
     def max_context(self) -> int | None:

@@ -16,6 +16,10 @@ from collections import Counter
 from dataclasses import asdict, dataclass
 
 
+class NothingWhole(Exception):
+    """Every stream of a load was lost."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Load:
     """`num_requests` prompts of random token ids, at most `concurrency` in flight."""
@@ -53,7 +57,7 @@ def run_load(port: int, model: str, load: Load, seed: int, limit_s: float = 60.0
     """Send the load to 127.0.0.1:`port`.
 
     A stream that is refused, ends early, or has not ended by `limit_s` is lost, and neither its
-    tokens nor the wait for it count. Raises RuntimeError when none was whole.
+    tokens nor the wait for it count. Raises NothingWhole.
     """
     return asyncio.run(_run(port, model, load, seed, limit_s))
 
@@ -90,7 +94,7 @@ async def _run(port: int, model: str, load: Load, seed: int, limit_s: float) -> 
         print(f"port {port}: {count} streams were lost: {error}", file=sys.stderr)
     whole = [s for s in streams if s is not None and s.num_tokens == load.output_tokens]
     if not whole:
-        raise RuntimeError(f"none of {len(streams)} streams was whole")
+        raise NothingWhole(f"none of {len(streams)} streams was whole")
     seconds = max(s.end_s for s in whole) - started_s
     ttft, tpot = [s.ttft_s for s in whole], [s.tpot_s for s in whole]
     return LoadResult(

@@ -7,7 +7,6 @@ import http.client
 import json
 import os
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -17,6 +16,9 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from .keeper import KILL_S, PATIENCE_S
+
+KEEPER = Path(__file__).with_name("keeper.py")
 PHASEWISE = Path(sys.executable).parent / "phasewise"
 READY_S = 240.0
 ANSWER_S = 20.0  # for a first completion; asked again until READY_S
@@ -131,11 +133,12 @@ def _vllm_server(
 
 @contextlib.contextmanager
 def _running(command: list[str], environment: dict[str, str]) -> Iterator[Process]:
-    """A process group of its own, so that all of it can be ended."""
+    """A process group of its own, whose keeper ends all of it when we do, or when we are gone."""
     folder = tempfile.mkdtemp(prefix="bench-")
     log = open(Path(folder) / "log", "w+")  # noqa: SIM115 - closed below, after the process
     process = subprocess.Popen(
-        command,
+        [sys.executable, str(KEEPER), *command],
+        stdin=subprocess.PIPE,
         stdout=log,
         stderr=subprocess.STDOUT,
         env={**os.environ, **environment},
@@ -153,13 +156,10 @@ def _running(command: list[str], environment: dict[str, str]) -> Iterator[Proces
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _end(process: subprocess.Popen[bytes]) -> None:
-    for ending, patience_s in ((signal.SIGTERM, 20.0), (signal.SIGKILL, 10.0)):
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, ending)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(patience_s)
-            return
+def _end(process: Process) -> None:
+    assert process.stdin is not None
+    process.stdin.close()
+    process.wait(PATIENCE_S + KILL_S + 10.0)  # the keeper's own bounds, and some
 
 
 def _wait_ready(port: int, processes: list[Process]) -> None:

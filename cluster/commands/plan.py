@@ -26,7 +26,7 @@ from ...placement.provision import Provision, options_of, provision
 from ...placement.report import report_html
 from ...placement.search import Report
 from ...placement.sensitivity import Sensitivity, sensitivity
-from ..cli import EXIT_OK
+from ..cli import EXIT_OK, add_overrides
 
 EXIT_INFEASIBLE = 3
 EXAMPLES = """\
@@ -38,14 +38,7 @@ EXAMPLES = """\
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("plan", metavar="PLAN", help="plan file (YAML)")
-    parser.add_argument(
-        "--set",
-        metavar="KEY.PATH=VALUE",
-        action="append",
-        default=[],
-        dest="overrides",
-        help="set a key over the file, as in --set slo.ttft_ms=200; may be repeated",
-    )
+    add_overrides(parser, example="slo.ttft_ms=200")
     parser.add_argument("-o", "--output", metavar="CLUSTER", help="write the cluster file here")
     parser.add_argument("--report", metavar="HTML", help="write one self-contained page here")
     parser.add_argument("--explain", action="store_true", help="why this one, and what would not")
