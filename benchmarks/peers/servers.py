@@ -21,7 +21,7 @@ from .keeper import KILL_S, PATIENCE_S
 KEEPER = Path(__file__).with_name("keeper.py")
 PHASEWISE = Path(sys.executable).parent / "phasewise"
 READY_S = 240.0
-ANSWER_S = 20.0  # for a first completion; asked again until READY_S
+ANSWER_S, ANSWERED_S = 15.0, 30.0  # a try at a first completion, and all tries
 
 Process = subprocess.Popen[bytes]
 
@@ -169,7 +169,7 @@ def _wait_ready(port: int, processes: list[Process]) -> None:
         url = f"http://127.0.0.1:{port}/health"
         return urllib.request.urlopen(url, timeout=2).status == 200
 
-    _wait_until(healthy, f"port {port}: healthy", processes)
+    _wait_until(healthy, f"port {port}: healthy", processes, READY_S)
 
 
 def _wait_answer(port: int, model: str, processes: list[Process]) -> None:
@@ -185,11 +185,13 @@ def _wait_answer(port: int, model: str, processes: list[Process]) -> None:
         with urllib.request.urlopen(request, timeout=ANSWER_S) as response:
             return json.load(response)["usage"]["completion_tokens"] == ask["max_tokens"]
 
-    _wait_until(answers, f"port {port}: a whole answer", processes)
+    _wait_until(answers, f"port {port}: a whole answer", processes, ANSWERED_S)
 
 
-def _wait_until(holds: Callable[[], bool], what: str, processes: list[Process]) -> None:
-    deadline_s, last = time.monotonic() + READY_S, ""
+def _wait_until(
+    holds: Callable[[], bool], what: str, processes: list[Process], limit_s: float
+) -> None:
+    deadline_s, last = time.monotonic() + limit_s, ""
     while time.monotonic() < deadline_s:
         dead = [process for process in processes if process.poll() is not None]
         if dead:
@@ -200,7 +202,7 @@ def _wait_until(holds: Callable[[], bool], what: str, processes: list[Process]) 
         except (OSError, http.client.HTTPException, ValueError, LookupError) as error:
             last = repr(error)  # not there yet, or not whole yet
         time.sleep(0.5)
-    raise TimeoutError(f"{what}: not within {READY_S:g} s; the last try: {last}")
+    raise TimeoutError(f"{what}: not within {limit_s:g} s; the last try: {last}")
 
 
 def free_port() -> int:
