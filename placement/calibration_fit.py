@@ -28,11 +28,11 @@ PROMPT = 48  # of answers that decode together: what matters is later
 STEP = 0.1  # relative, to see where the error falls: a simulation is not smooth
 PRIOR = 0.05  # error that an overhead e times the typical one counts as: some share effects
 DOUBT = 0.1  # an error beyond which a request counts by its size, not its square
-# Where to begin. Seconds: admit and report together, handoff, step, row, prompt; then, with shared
-# cores, serve and serve_row; prompt_share. Those of `serve` are the CPU time of gateway and load
-# generator on two server cores at 1, 4 and 12 rows.
-TYPICAL = (2e-3, 1e-3, 5e-4, 2e-5, 1e-3, 5e-4, 1.6e-4, 0.1)
-SHARING = 3  # of these, at the end
+# Where to begin. Seconds: admit and report together, handoff, prompt; then, where steps compute,
+# step, row, serve and serve_row; prompt_share. Those of `serve` are the CPU time of gateway and
+# load generator on two server cores at 1, 4 and 12 rows.
+TYPICAL = (2e-3, 1e-3, 1e-3, 5e-4, 2e-5, 5e-4, 1.6e-4, 0.1)
+OF_STEPS = 5  # of these, at the end
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -78,9 +78,10 @@ def fit_overheads(
     *,
     cores: int,
 ) -> Fitted:
-    """`cores` that workers share with the gateway and the load generator; 0: they share none,
-    and steps take what the latency model says. Requests that were not answered are NaN."""
-    count = len(TYPICAL) if cores else len(TYPICAL) - SHARING
+    """`cores` that workers share with the gateway and the load generator; 0: their steps are
+    paced, and take what the latency model says with their host work in it. Requests that were not
+    answered are NaN."""
+    count = len(TYPICAL) if cores else len(TYPICAL) - OF_STEPS
     counted = load.output_tokens > 1
     # Requests that come together tell one thing.
     weight = 1 / np.sqrt([np.count_nonzero(load.arrival_s == at_s) for at_s in load.arrival_s])
@@ -112,8 +113,8 @@ def fit_overheads(
 
 
 def _overheads(x: Column, cores: int) -> Overheads:
-    front_s, handoff_s, step_s, row_s, prompt_s, *sharing = (x * TYPICAL[: len(x)]).tolist()
-    serve_s, serve_row_s, prompt_share = sharing or (0.0, 0.0, 0.0)
+    front_s, handoff_s, prompt_s, *of_steps = (x * TYPICAL[: len(x)]).tolist()
+    step_s, row_s, serve_s, serve_row_s, prompt_share = of_steps or [0.0] * OF_STEPS
     return Overheads(
         admit_s=front_s / 2,
         report_s=front_s / 2,

@@ -101,3 +101,12 @@ def test_a_written_calibration_reads_back(tmp_path: Path) -> None:
     assert found.origin == "made up" and found.network is None
     for name in TRUE.__slots__:
         assert getattr(found.overheads, name) == pytest.approx(getattr(TRUE, name))
+
+
+def test_paced_steps_are_fitted_with_their_host_work_in_them() -> None:
+    true = Overheads(admit_s=0.0015, report_s=0.0015, handoff_s=0.002, prompt_s=0.002)
+    load = calibration_load((16, 64, 128, 256, 512), answer=40, idle_s=0.2)
+    live = simulate(twin(true), load)
+    fitted = fit_overheads(twin, load, live.ttft_s, live.tpot_s, cores=0)
+    assert fitted.overheads.step_s == fitted.overheads.row_s == 0.0
+    assert fitted.ttft_error < 0.1 and fitted.tpot_error < 0.01
