@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from kv_references import Gloo, Memcpy, PlainTcp
 from peers.kv_peer import PEERS, KVPeer, open_peers
 from phasewise.engine.layout import KVLayout
@@ -112,6 +113,7 @@ def _child(
     mapped = {
         name: PoolMemory.attach(os.dup(pool.fd), pool.num_bytes) for name, pool in pools.items()
     }
+    torch.set_num_threads(1)  # as a worker with one core of two, and as the references
     if engine in BARE:
         _serve_reference(Bare(BARE[engine], role, mapped, layout, peer), role, control)
     elif engine in REFERENCES:
