@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import threading
+from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
@@ -15,7 +16,7 @@ from .fit import LEG_MASK, Held
 from .layer_clock import LayerClock, finished_clock
 from .memory import KVMemory
 from .messages import Grant, Message
-from .pair import Pair
+from .pair import Life, Pair
 from .rank_endpoint import RankEndpoint
 from .rank_wire import (
     pack_address,
@@ -28,6 +29,7 @@ from .rank_wire import (
 )
 
 EARLY_S = 1.0
+_REMEMBERED = 4096  # parked leases; a later grant of these is late, not early
 _KEPT_STEPS = 4  # clocks of steps that are over, for pushes on their way
 
 
@@ -59,7 +61,8 @@ class StepClocks:
 
 class FollowerEndpoint(RankEndpoint):
     """A follower's own. A peer may fetch what the leader has parked before the leader's word for
-    it is here: a grant of an unknown lease waits `EARLY_S` for it."""
+    it is here. Such a grant waits for it, up to `EARLY_S`, and so does whatever its pair brings
+    behind it: to the protocol a pair's messages come in order, only later."""
 
     def __init__(
         self,
@@ -70,26 +73,49 @@ class FollowerEndpoint(RankEndpoint):
         held: Held,
     ) -> None:
         super().__init__(worker, layout, memory, config, held)
-        self._early: dict[int, list[tuple[Pair, Grant]]] = {}
+        self._waiting: dict[int, deque[tuple[float, Message]]] = {}  # by pair; since when
+        self._parked: dict[int, None] = {}  # what the leader parked lately, the latest last
 
     def park(self, lease: int, blocks: Sequence[int], num_tokens: int, digest: int) -> None:
         super().park(lease, blocks, num_tokens, digest)
-        self._settle(lease)
+        self._parked[lease] = None
+        if len(self._parked) > _REMEMBERED:
+            del self._parked[next(iter(self._parked))]
+        self._go_on()
 
     def _on_message(self, pair: Pair, message: Message) -> None:
-        if isinstance(message, Grant) and not self._is_known(message.lease):
-            lease = message.lease & ~LEG_MASK
-            self._early.setdefault(lease, []).append((pair, message))
-            self._loop.call_later(EARLY_S, self._settle, lease)
-        else:
+        if pair.number not in self._waiting and not self._is_early(message):
             super()._on_message(pair, message)
+            return
+        now_s = self._loop.time()
+        self._waiting.setdefault(pair.number, deque()).append((now_s, message))
+        self._loop.call_later(EARLY_S, self._go_on, now_s)
+        self._go_on()
 
-    def _is_known(self, leg: int) -> bool:
-        return any(self._senders.get(lease) is not None for lease in (leg, leg & ~LEG_MASK))
+    def _is_early(self, message: Message) -> bool:
+        """Whether it fetches what this rank has not heard of."""
+        if not isinstance(message, Grant) or message.attempt:
+            return False
+        leg, lease = message.lease, message.lease & ~LEG_MASK
+        known = lease in self._parked or self._senders.get(lease) is not None
+        return not known and self._senders.get(leg) is None
 
-    def _settle(self, lease: int) -> None:
-        for early in self._early.pop(lease, ()):
-            super()._on_message(*early)
+    def _go_on(self, given_up_s: float = 0.0) -> None:
+        """Take what waited for no more than it knows now; grants that came until `given_up_s`
+        are not waited for any longer."""
+        for number, line in list(self._waiting.items()):
+            pair = self._board.pairs.get(number)
+            while pair is not None and line:
+                since_s, message = line[0]
+                if pair.life is not Life.OPEN and isinstance(message, Grant):
+                    line.popleft()  # its lease ended with the pair
+                elif since_s > given_up_s and self._is_early(message):
+                    break
+                else:
+                    line.popleft()
+                    super()._on_message(pair, message)
+            if pair is None or not line:
+                del self._waiting[number]
 
 
 class RankFollower:
