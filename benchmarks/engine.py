@@ -4,8 +4,8 @@
 
 Every server of a case is up at the same time and they take turns, round by round, after a first
 one that is discarded; the median counts. A round that lost streams is told and counted as such,
-and its server begun anew. vLLM's pair loses streams and hangs sooner or later; so the pairs run
-one at a time, begun anew for every round, a short warm-up in place of the discarded round. A peer
+and its server begun anew. The pairs run one at a time, begun anew for every round, with a short
+warm-up in place of the discarded round: four workers would share the two cores. A peer
 that is not installed is skipped aloud. `benchmarks/peers/README.md` tells how to install vLLM's CPU
 build. However this command ends, its servers end.
 """
@@ -38,7 +38,6 @@ WIDE = Load(num_requests=32, input_tokens=128, output_tokens=32, concurrency=32)
 CASES = ("4M", "81M", "pair")
 PAIR = Load(num_requests=60, input_tokens=256, output_tokens=64, concurrency=16)
 PAIR_WARM_UP = Load(num_requests=16, input_tokens=256, output_tokens=64, concurrency=16)
-CASE_S = 175.0  # no round of a case begins later than this
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,14 +83,15 @@ def cases(folder: Path, venv: Path) -> dict[str, Case]:
     }
 
 
-def run_case(case: Case, rounds: int, title: str) -> dict[str, Rounds]:
-    """What the rounds came to, by server. A peer that is missing is left out."""
+def run_case(case: Case, rounds: int, title: str, case_s: float) -> dict[str, Rounds]:
+    """What the rounds came to, by server; none begins later than `case_s`. A peer that is missing
+    is left out."""
     began_s = time.monotonic()
     with contextlib.ExitStack() as stack:
         running = {name: stack.enter_context(case.rounds(title, name)) for name in case.servers}
         for seed in range(1 if case.fresh else 0, rounds + 1):  # 0: starts and warm-ups
-            if time.monotonic() - began_s > CASE_S:
-                print(f"{title}: {seed - 1} of {rounds} rounds in {CASE_S:g} s", file=sys.stderr)
+            if time.monotonic() - began_s > case_s:
+                print(f"{title}: {seed - 1} of {rounds} rounds in {case_s:g} s", file=sys.stderr)
                 break
             for name, one in list(running.items()):
                 try:
@@ -174,6 +174,9 @@ def main() -> None:
     parser.add_argument("--vllm", type=Path, default=Path("peers-venv"), help="vLLM's venv")
     parser.add_argument("--cases", nargs="+", default=CASES, choices=CASES)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument(
+        "--case-s", type=float, default=1200.0, help="no round of a case begins later"
+    )
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended by SIGTERM"))
@@ -181,7 +184,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         chosen = cases(Path(folder), options.vllm.absolute())
         for name in options.cases:
-            running = run_case(chosen[name], options.rounds, name)
+            running = run_case(chosen[name], options.rounds, name, options.case_s)
             report[name] = summary(chosen[name], running)
     if not options.json:
         show(report)

@@ -14,7 +14,8 @@ from .openai_load import Load, LoadResult, NothingWhole, run_load
 from .servers import ServerDied
 
 Server = Callable[[], AbstractContextManager[int]]
-WARM_LIMIT_S, ROUND_LIMIT_S = 12.0, 25.0
+# Several times what the slowest server takes: a stream that is lost was lost by its server.
+WARM_LIMIT_S, ROUND_LIMIT_S = 60.0, 120.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
