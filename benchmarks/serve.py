@@ -13,24 +13,19 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import contextlib
 import json
 import os
-import select
-import signal
-import subprocess
-import sys
-import tempfile
 import time
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import numpy as np
+from live.cluster import serving
 from phasewise.cluster.client import AsyncClient
-from phasewise.cluster.commands.bench import Settings, open_bench
+from phasewise.cluster.commands.bench import Bench, Settings, open_bench
 from phasewise.cluster.commands.status import to_text
 from phasewise.cluster.loadgen.load import Run, Sample
 from phasewise.cluster.loadgen.report import Report, report_of
@@ -44,8 +39,7 @@ ROOT = Path(__file__).parents[1]
 CHECKPOINT = ROOT / "models" / "tiny"
 CLUSTERS = {"1P1D": "local.yaml", "2 colocated": "colocated.yaml"}
 FLOOR = "generate"
-MAIN = "import sys; from phasewise.cluster.cli import main; sys.exit(main(sys.argv[1:]))"
-READY_S, END_S, TIMEOUT_S = 120.0, 40.0, 120.0
+TIMEOUT_S = 120.0
 POLICY = SloPolicy(default=SloTargets(ttft_s=0.25, tpot_s=0.05), classes={})
 
 
@@ -127,43 +121,20 @@ def at_once(workload: Workload) -> Workload:
 
 
 async def cluster_runs(config: Path, settings: Settings, runs: int) -> list[tuple[Report, Report]]:
+    with serving(config, [], pinned=False) as address:
+        async with AsyncClient(address) as client:
+            return await measured_runs(await open_bench(client, settings), config.stem, runs)
+
+
+async def measured_runs(bench: Bench, name: str, runs: int) -> list[tuple[Report, Report]]:
+    await bench.warm_up()
     reports = []
-    async with serving(config) as address, AsyncClient(address) as client:
-        bench = await open_bench(client, settings)
-        await bench.warm_up()
-        for _ in range(runs):
-            workload = bench.settings.workload(None)
-            paced = await bench.measure(workload, title=f"{config.stem}, at the rate")
-            burst = await bench.measure(at_once(workload), title=f"{config.stem}, at once")
-            reports.append((paced, burst))
+    for _ in range(runs):
+        workload = bench.settings.workload(None)
+        paced = await bench.measure(workload, title=f"{name}, at the rate")
+        burst = await bench.measure(at_once(workload), title=f"{name}, at once")
+        reports.append((paced, burst))
     return reports
-
-
-@contextlib.asynccontextmanager
-async def serving(config: Path) -> AsyncIterator[str]:
-    """`phasewise serve` on ports that the system picks; its address."""
-    with tempfile.TemporaryFile("w+") as errors:
-        process = subprocess.Popen(
-            [sys.executable, "-c", MAIN, "serve", str(config), "--json"]
-            + ["--set", "gateway.grpc=127.0.0.1:0", "--set", "gateway.http=null"],
-            stdout=subprocess.PIPE,
-            stderr=errors,
-            text=True,
-        )
-        try:
-            assert process.stdout is not None
-            readable, _, _ = select.select([process.stdout], [], [], READY_S)
-            line = process.stdout.readline() if readable else ""
-            if not line:
-                errors.seek(0)
-                raise SystemExit(f"{config.name} did not start:\n{errors.read()}")
-            yield json.loads(line)["grpc"]
-        finally:
-            process.send_signal(signal.SIGTERM)
-            try:
-                process.wait(END_S)
-            except subprocess.TimeoutExpired:
-                process.kill()
 
 
 def floor_runs(settings: Settings, runs: int) -> list[tuple[Report, Report]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -114,29 +114,27 @@ async def assemble(
     `ranks` is where the followers of a worker of several ranks come. Raises InvalidConfig and
     UnsupportedModel for a checkpoint or sizes that do not work, RankLost without a follower.
     """
-    memories: list[KVMemory] = []
     door = None
     if ranks is not None:
         door = RankDoor(ranks.host)
         ranks.note |= {"kv": door.address, "secret": door.secret}
-    runner = _build_runner(spec, memories, ranks)
-    compute = ComputeThread(runner)
-    config = transfer_config(spec, runner.layout)
-    own = RankEndpoint(
-        spec.worker, runner.layout, memories[0], config, held_of(spec, runner.layout)
-    )
-    kv = own if door is None else RankedEndpoint(own, door, spec.num_ranks)
-    try:
+    async with AsyncExitStack() as stack:
+        memories: list[KVMemory] = []
+        runner = _build_runner(spec, memories, ranks)
+        (memory,) = memories
+        stack.callback(memory.close)
+        compute = ComputeThread(runner)
+        stack.callback(compute.close)
+        stack.callback(runner.close)
+        config, held = transfer_config(spec, runner.layout), held_of(spec, runner.layout)
+        own = RankEndpoint(spec.worker, runner.layout, memory, config, held)
+        kv = own if door is None else RankedEndpoint(own, door, spec.num_ranks)
+        stack.push_async_callback(kv.close)
         address = await kv.start()
         worker = _build_worker(spec, compute, kv, address)
         yield AssembledWorker(
             spec=spec, worker=worker, runner=runner, compute=compute, kv=kv, address=address
         )
-    finally:
-        await kv.close()
-        runner.close()
-        compute.close()
-        memories[0].close()
 
 
 def _build_runner(spec: WorkerSpec, memories: list[KVMemory], ranks: RankHost | None) -> StepRunner:

@@ -13,6 +13,16 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from ..engine.errors import InvalidRequest
 from .served_model import ServedModel
 
+# Whatever a template's own expressions raise on some messages.
+_TEMPLATE_ERRORS = (
+    TemplateError,
+    TypeError,
+    ValueError,
+    LookupError,
+    AttributeError,
+    ArithmeticError,
+)
+
 
 class ChatTemplate:
     """Compiled once. The names a template may use are those that transformers gives it."""
@@ -45,8 +55,7 @@ class ChatTemplate:
                 documents=None,
                 **(self._served.template_tokens or {}),
             )
-        except (TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
-            # Whatever the template's own expressions raise on these messages.
+        except _TEMPLATE_ERRORS as error:
             raise InvalidRequest(
                 "messages", f"the chat template refuses them ({error})", "change the messages"
             ) from error

@@ -53,7 +53,7 @@ class GatewaySettings:
 
 
 class Gateway:
-    """Workers join by `add_worker` and leave by `remove_worker`, at any time while it runs."""
+    """Workers join by `add_worker` at any time while it runs; the supervisor replaces them."""
 
     def __init__(
         self,
@@ -102,9 +102,6 @@ class Gateway:
 
     def add_worker(self, address: str, role: str, *, name: str = "", restarts: int = 0) -> None:
         self.fleet.add(address, role, name=name, restarts=restarts)
-
-    async def remove_worker(self, address: str) -> None:
-        await self.fleet.remove(address)
 
     async def start(self) -> None:
         """Listen. Raises InvalidConfig for an address that cannot be had, and listens nowhere

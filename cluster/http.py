@@ -129,7 +129,7 @@ class _Routes:
             generation = await self._start(call)
             answer = _Answer(call, generation, self)
             if call.stream:
-                return await answer.streamed()
+                return await answer.streamed(request.receive)
             return await answer.whole(request.receive)
         except PhasewiseError as error:
             return JSONResponse(
@@ -173,13 +173,10 @@ class _Answer:
 
     async def whole(self, receive: Receive) -> Response:
         """Raises the stream's error. A client that leaves cancels."""
-        watch = asyncio.create_task(_cancel_on_disconnect(receive, self._generation))
         pieces: dict[int, list[Output]] = {}
-        try:
+        with _cancelling_on_disconnect(receive, self._generation):
             async for output in self._generation.outputs():
                 pieces.setdefault(output.index, []).append(output)
-        finally:
-            watch.cancel()
         outputs = [_joined(pieces[index]) for index in sorted(pieces)]
         return JSONResponse(
             {
@@ -190,10 +187,11 @@ class _Answer:
             }
         )
 
-    async def streamed(self) -> Response:
+    async def streamed(self, receive: Receive) -> Response:
         """Waits for the first piece, so that a refusal still has a status code of its own."""
         outputs = self._generation.outputs()
-        first = await anext(outputs)
+        with _cancelling_on_disconnect(receive, self._generation):
+            first = await anext(outputs)
         return _EventStream(self._events(first, outputs), self._generation)
 
     async def _events(self, first: Output, rest: AsyncIterator[Output]) -> AsyncIterator[bytes]:
@@ -229,15 +227,25 @@ class _EventStream(Response):
         self._generation = generation
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        watch = asyncio.create_task(_cancel_on_disconnect(receive, self._generation))
+        start = {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
         try:
-            await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-            async for event in self._events:
-                await send({"type": "http.response.body", "body": event, "more_body": True})
-            await send({"type": "http.response.body", "body": b"", "more_body": False})
+            with _cancelling_on_disconnect(receive, self._generation):
+                await send(start)
+                async for event in self._events:
+                    await send({"type": "http.response.body", "body": event, "more_body": True})
+                await send({"type": "http.response.body", "body": b"", "more_body": False})
         finally:
-            watch.cancel()
             self._generation.cancel("the client went away")
+
+
+@contextlib.contextmanager
+def _cancelling_on_disconnect(receive: Receive, generation: Generation) -> Iterator[None]:
+    """A client that leaves meanwhile ends the request."""
+    watch = asyncio.create_task(_cancel_on_disconnect(receive, generation))
+    try:
+        yield
+    finally:
+        watch.cancel()
 
 
 async def _cancel_on_disconnect(receive: Receive, generation: Generation) -> None:
@@ -259,8 +267,11 @@ async def _body(request: Request) -> Any:
         if len(data) > MAX_BODY_BYTES:
             raise InvalidRequest("body", f"over {MAX_BODY_BYTES} bytes", "send a shorter prompt")
     try:
-        return json.loads(data)
-    except ValueError as error:
+        body = json.loads(data)
+        if b"\\ud" in data.lower():  # an escape that may be half of a pair, which is no character
+            json.dumps(body, ensure_ascii=False).encode()
+        return body
+    except (ValueError, RecursionError) as error:
         raise InvalidRequest("body", f"not JSON ({error})", "send a JSON object") from error
 
 

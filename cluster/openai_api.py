@@ -170,7 +170,10 @@ def _put(
     if not fits or (isinstance(value, bool) and kind is not bool):
         name = {int: "a whole number", float: "a number", str: "a string", bool: "true or false"}
         raise InvalidRequest(said or field, f"{value!r} is of the wrong type", f"give {name[kind]}")
-    setattr(message, field, value)
+    try:
+        setattr(message, field, value)
+    except OverflowError as error:
+        raise InvalidRequest(said or field, "beyond all numbers", "give a smaller one") from error
 
 
 def _put_lists(message: pb.GenerateRequest, body: dict[str, Any]) -> None:
@@ -186,7 +189,7 @@ def _put_lists(message: pb.GenerateRequest, body: dict[str, Any]) -> None:
     try:
         for key, value in dict(body.get("logit_bias", {})).items():
             message.logit_bias[int(key)] = float(value)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise InvalidRequest(
             "logit_bias", f"not understood ({error})", 'give {"token id": bias}'
         ) from error

@@ -13,7 +13,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
-from ..configs.errors import PhasewiseError
 from ..engine.request import WorkerId
 from .fleet import Fleet, WorkerState
 from .spec import WorkerSpec
@@ -102,7 +101,9 @@ class Supervisor:
         for spec, started in zip(specs, results, strict=True):
             assert isinstance(started, Started)
             self._join(spec, started, restarts=0)
-            self._tasks.append(asyncio.create_task(self._keep(spec, started)))
+            keeper = asyncio.create_task(self._keep(spec, started), name=spec.worker.name)
+            keeper.add_done_callback(_tell_broken)
+            self._tasks.append(keeper)
 
     async def stop(self, drain_s: float) -> None:
         """End every worker; each may finish what it has within `drain_s`."""
@@ -172,7 +173,7 @@ class Supervisor:
             spec = replace(spec, worker=worker)
             try:
                 return spec, await self._launch(spec)
-            except PhasewiseError as error:
+            except Exception as error:  # whatever a launcher raises, its worker is still wanted
                 log.warning("%s did not start: %s", worker, error)
                 deaths_s.append(self._clock())
 
@@ -191,3 +192,10 @@ class Supervisor:
                 *(name, len(deaths_s), WINDOW_S, delay_s),
             )
         await asyncio.sleep(delay_s)
+
+
+def _tell_broken(keeper: asyncio.Task[None]) -> None:
+    """It ends by being cancelled, or by a bug."""
+    if not keeper.cancelled() and (error := keeper.exception()) is not None:
+        name = keeper.get_name()
+        log.error("nobody restarts %s any more: its keeper broke", name, exc_info=error)

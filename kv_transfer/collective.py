@@ -3,8 +3,7 @@
 What a frame holds goes ahead on the pair's data connection, as over TCP; its payload goes through
 the group, one gathered buffer a layer (or several layers, where they are small), two in flight.
 The receiver scatters on its loop, a bounded piece at a time: it alone writes its pool, so a
-revoked lease is closed to writers at once. The pools are seen as words of 8 bytes: gathering
-single bytes is six times slower.
+revoked lease is closed to writers at once.
 """
 
 from __future__ import annotations
@@ -15,22 +14,19 @@ import socket
 import struct
 import threading
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
-import numpy as np
-import torch
 from torch import Tensor
 
-from ..engine.layout import KVLayout
 from .copier import Push
 from .group import Group, GroupBroke, Transfer
 from .lease import Action
 from .lease_receiver import ReceiverTable
 from .memory import CANARY_SLOT_BYTES, KVMemory
 from .messages import MalformedFrame
+from .words import BUFFER_BYTES, Words
 
-BUFFER_BYTES = 8 << 20  # of a staging buffer, unless one block is larger; four a pair at most
 SCATTER_BYTES = 2 << 20  # written in one turn of the loop: under a millisecond
 _IN_FLIGHT = 2
 _MAX_AHEAD = 8  # frames announced and not yet taken; an honest sender has two in flight
@@ -103,7 +99,8 @@ class CollectiveWriter:
             sending.wait()
         buffer = self._buffers[slot]
         if buffer is None:
-            buffer = self._buffers[slot] = self._words.staging()
+            with self._group.on_stream():
+                buffer = self._buffers[slot] = self._words.staging()
         return buffer
 
 
@@ -213,21 +210,25 @@ class CollectiveReader:
         while self._announced and self._free and not self._closed:
             frame = self._announced.popleft()
             buffer = self._free.pop()
-            frame.buffer = self._words.staging() if buffer is None else buffer
+            if buffer is None:
+                with self._group.on_stream():
+                    buffer = self._words.staging()
+            frame.buffer = buffer
             payload = self._words.part(frame.buffer, len(frame.layers), frame.count)
             frame.transfer = self._group.receive(payload)
             self._coming.put(frame)
 
     def _wait(self) -> None:
         """The thread: one receive after the other, as they were posted."""
-        while (frame := self._coming.get()) is not None and not self._closed:
-            assert frame.transfer is not None, "it was posted"
-            try:
+        try:
+            with self._group.on_stream():
+                self._words.warm_up()
+            while (frame := self._coming.get()) is not None and not self._closed:
+                assert frame.transfer is not None, "it was posted"
                 frame.transfer.wait()
-            except GroupBroke as error:
-                self._call(self._broke, str(error))
-                return
-            self._call(self._land, frame)
+                self._call(self._land, frame)
+        except Exception as error:  # a compiler's or a driver's, too: nothing more will land
+            self._call(self._broke, str(error))
 
     def _call(self, what: Callable[..., None], argument: object) -> None:
         try:
@@ -279,47 +280,6 @@ class CollectiveReader:
             self._words.scatter(rows, frame.layers[index], blocks)
             self._group.wait_for_device()
         return self._table.wrote(*lease, frame.first + start, count, self._loop.time())
-
-
-class Words:
-    """A pool as `[layers, blocks, words]`, and staging buffers for parts of it. `layers` of a
-    gather are the pool's own; a scatter counts its `layer` from `first_layer`."""
-
-    first_layer = 0
-
-    def __init__(self, memory: KVMemory, layout: KVLayout) -> None:
-        self.num_layers = layout.num_layers
-        self._set_block(layout.block_bytes)
-        word = torch.int64 if layout.block_bytes % 8 == 0 else torch.int32
-        flat = memory.buffer
-        if not isinstance(flat, Tensor):
-            flat = torch.from_numpy(np.frombuffer(flat, np.uint8))
-        self._pool = flat.view(word).view(layout.num_layers, layout.num_blocks, -1)
-
-    def staging(self) -> Tensor:
-        num_words = self.staging_bytes // self._pool.itemsize
-        return torch.empty(num_words, dtype=self._pool.dtype, device=self._pool.device)
-
-    def part(self, buffer: Tensor, layers: int, count: int) -> Tensor:  # [layers, count, words]
-        words = self.block_bytes // self._pool.itemsize
-        return buffer[: layers * count * words].view(layers, count, words)
-
-    def gather(self, layers: range, blocks: Sequence[int], buffer: Tensor) -> Tensor:
-        """`blocks` of `layers`, dense, in the front of `buffer`."""
-        index = self._index(blocks)
-        payload = self.part(buffer, len(layers), len(blocks))
-        for row, layer in enumerate(layers):
-            torch.index_select(self._pool[layer], 0, index, out=payload[row])
-        return payload
-
-    def scatter(self, payload: Tensor, layer: int, blocks: Sequence[int]) -> None:
-        self._pool[layer].index_copy_(0, self._index(blocks), payload)
-
-    def _set_block(self, num_bytes: int) -> None:
-        self.block_bytes, self.staging_bytes = num_bytes, max(BUFFER_BYTES, num_bytes)
-
-    def _index(self, blocks: Sequence[int]) -> Tensor:
-        return torch.tensor(blocks, dtype=torch.int64).to(self._pool.device, non_blocking=True)
 
 
 def _parts(layers: range, count: int, block_bytes: int) -> list[tuple[range, int, int]]:

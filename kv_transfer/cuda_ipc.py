@@ -84,7 +84,7 @@ class CudaIpcWriter:
             self._place(self._theirs.address, self._their_layout, layers.start, push.target),
             num_layers=len(layers),
             num_blocks=len(push.source),
-            piece_bytes=self._layout.block_bytes,
+            block_bytes=self._layout.block_bytes,
         )
 
     def _place(self, address: int, layout: KVLayout, layer: int, blocks: Sequence[int]) -> Place:

@@ -28,6 +28,8 @@ class Gpu:
     runtime: Any  # cuda-bindings' module
     device: str  # as torch names it
     copy: Callable[..., None]  # `kernels.cuda.transfer.copy_blocks`
+    gather: Callable[..., None]  # `gather_blocks` there
+    scatter: Callable[..., None]  # `scatter_blocks` there
 
 
 class DeviceMemory:
@@ -118,9 +120,11 @@ def this_gpu() -> Gpu:
         raise InvalidConfig(
             "device", "cuda workers need cuda-bindings", "pip install cuda-bindings"
         ) from error
-    from ..kernels.cuda.transfer import copy_blocks
+    from ..kernels.cuda import transfer
 
-    return Gpu(runtime, "cuda", copy_blocks)
+    return Gpu(
+        runtime, "cuda", transfer.copy_blocks, transfer.gather_blocks, transfer.scatter_blocks
+    )
 
 
 def checked(result: Any, what: str) -> Any:

@@ -176,12 +176,13 @@ def _no_suicide() -> Iterator[None]:
 
 def _exchange_word(group: Group, rank: int) -> None:
     """Rank 0 first: over NCCL two sends at once would wait for each other."""
-    word = torch.full((1,), 7, dtype=torch.int64, device=group.device)
-    heard = torch.zeros_like(word)
-    for speaker in (0, 1):
-        (group.send(word) if speaker == rank else group.receive(heard)).wait()
-    if int(heard) != 7:
-        raise GroupBroke("the peer's first word arrived changed")
+    with group.on_stream():  # where the words are made, sent and read, in this order
+        word = torch.full((1,), 7, dtype=torch.int64, device=group.device)
+        heard = torch.zeros_like(word)
+        for speaker in (0, 1):
+            (group.send(word) if speaker == rank else group.receive(heard)).wait()
+        if int(heard) != 7:
+            raise GroupBroke("the peer's first word arrived changed")
 
 
 def _tag(number: int) -> int:

@@ -174,7 +174,7 @@ def _parse(body: bytes) -> Hello:
             rank=int(fields["rank"]),
             holds=tuple(_holds(one) for one in fields["holds"]),
             pool_bytes=_positive(fields["pool_bytes"]),
-            canary_slot=int(fields["canary_slot"]),
+            canary_slot=_positive(fields["canary_slot"], 1 << 32),
             checksum=bool(fields["checksum"]),
             transport=str(fields["transport"]),
             token=bytes(fields["token"]),
@@ -208,8 +208,8 @@ def _sizes(holds: tuple[Holds, ...]) -> tuple[int, int]:
     return max(one[1] for one in holds), max(one[3] for one in holds)
 
 
-def _positive(value: Any) -> int:
-    if type(value) is not int or not 0 < value < 1 << 62:
+def _positive(value: Any, bound: int = 1 << 62) -> int:
+    if type(value) is not int or not 0 < value < bound:
         raise ValueError("not a size")
     return value
 

@@ -6,8 +6,10 @@ is and fails as a whole when one fails; its blocks are released when no part's w
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import asyncio
+from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from ..engine.request import TransferAddress
 from .events import Asked, Ended, Outcome, Released, Side
@@ -32,13 +34,16 @@ class PartedLease:
 
 
 class LeaseParts:
-    """All of one owner's. `tell` takes what became of a whole lease; `give_up` is called once for
-    a lease of which a part has failed while others go on: it aborts these."""
+    """All of one owner's. `tell` takes what became of a whole lease. Where a part has failed while
+    others go on, `abort(lease)` ends these, and `discard(source, lease)` what was to be fetched."""
 
     def __init__(
-        self, tell: Callable[[Event], None], give_up: Callable[[PartedLease], None]
+        self,
+        tell: Callable[[Event], None],
+        abort: Callable[[int], None],
+        discard: Callable[[TransferAddress, int], None],
     ) -> None:
-        self._tell, self._give_up = tell, give_up
+        self._tell, self._abort, self._discard = tell, abort, discard
         self._leases: dict[tuple[int, Side], PartedLease] = {}
 
     def open(
@@ -55,9 +60,20 @@ class LeaseParts:
         """It has not begun on any part."""
         self._leases.pop((lease, side), None)
 
-    def began(self, lease: int, side: Side, results: dict[int, object]) -> bool:
-        """Whether it has begun on any part. Where only some have, it begins and ends. Raises what
-        every part raised."""
+    async def begin(
+        self, lease: int, side: Side, calls: Mapping[int, Coroutine[Any, Any, Any]]
+    ) -> bool:
+        """A call a part. Whether it has begun on any; where only some have, it begins and ends.
+        Raises what every part raised."""
+        try:
+            results = await asyncio.gather(*calls.values(), return_exceptions=True)
+        except asyncio.CancelledError:
+            self._abort(lease)  # on every part that has begun
+            self.forget(lease, side)  # whoever began to ask wants no more of it
+            raise
+        return self._began(lease, side, dict(zip(calls, results, strict=True)))
+
+    def _began(self, lease: int, side: Side, results: dict[int, object]) -> bool:
         failed = [part for part, result in results.items() if _is_failure(result)]
         if len(failed) == len(results):
             self.forget(lease, side)
@@ -110,7 +126,9 @@ class LeaseParts:
         if entry.ended.keys() >= entry.parts:
             self._tell_end(entry)
         elif fails_first:
-            self._give_up(entry)
+            self._abort(entry.lease)
+            if entry.source is not None:  # a part that was never fetched may be dropped there
+                self._discard(entry.source, entry.lease)
 
     def _tell_end(self, entry: PartedLease) -> None:
         parts = list(entry.ended.values())

@@ -8,8 +8,7 @@ when all are. What is parked is forked into its legs by the first fetch.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from ..engine.layout import KVLayout
 from ..engine.request import TransferAddress, WorkerId
@@ -18,7 +17,7 @@ from .endpoint import KVEndpoint
 from .events import Asked, Ended, Released, Side, TransferConfig
 from .fit import LEG_MASK, Held
 from .layer_clock import LayerClock
-from .lease_parts import SEVERAL, AskParts, Event, LeaseParts, PartedLease
+from .lease_parts import SEVERAL, AskParts, Event, LeaseParts
 from .lease_sender import State
 from .memory import KVMemory
 from .messages import Discard, Grant, Message
@@ -38,7 +37,7 @@ class RankEndpoint(KVEndpoint):
     ) -> None:
         super().__init__(worker, layout, memory, config, held)
         self.courses = Courses(self._held)
-        self._parts = LeaseParts(self._events.put_nowait, self._give_up)
+        self._parts = LeaseParts(self._events.put_nowait, self.abort, self.discard)
         self._parts_asked = AskParts()
 
     async def connect(self, peer: TransferAddress) -> str:
@@ -88,9 +87,9 @@ class RankEndpoint(KVEndpoint):
         about = (num_blocks, names, num_tokens)
         if _is_one(legs):
             return await KVEndpoint.ask(self, legs[0][1], lease, *about)
-        calls = [KVEndpoint.ask(self, address, lease | leg, *about) for leg, address in legs]
-        self._parts.open(lease, Side.SENDER, (), _numbers(legs))
-        return await self._begin(lease, Side.SENDER, legs, calls)
+        calls = {leg: KVEndpoint.ask(self, address, lease | leg, *about) for leg, address in legs}
+        self._parts.open(lease, Side.SENDER, (), calls)
+        return await self._parts.begin(lease, Side.SENDER, calls)
 
     def skipped(self, lease: int) -> int:
         return max(super(RankEndpoint, self).skipped(one) for one in self._ids(lease))
@@ -131,9 +130,9 @@ class RankEndpoint(KVEndpoint):
             await KVEndpoint.grant(self, legs[0][1], lease, blocks, digest, skip)
             return
         about = (blocks, digest, skip)
-        calls = [KVEndpoint.grant(self, address, lease | leg, *about) for leg, address in legs]
-        self._parts.open(lease, Side.RECEIVER, blocks, _numbers(legs)).source = source
-        await self._begin(lease, Side.RECEIVER, legs, calls)
+        calls = {leg: KVEndpoint.grant(self, address, lease | leg, *about) for leg, address in legs}
+        self._parts.open(lease, Side.RECEIVER, blocks, calls).source = source
+        await self._parts.begin(lease, Side.RECEIVER, calls)
 
     def answer(self, asked: Asked, blocks: Sequence[int] | None, skip: int = 0) -> bool:
         """As `KVEndpoint.answer`. A leg whose asker is gone ends the lease."""
@@ -159,26 +158,6 @@ class RankEndpoint(KVEndpoint):
         """Under which ids a lease goes here."""
         entry = self._parts.get(lease, side)
         return [lease] if entry is None else [lease | leg for leg in entry.parts]
-
-    async def _begin(
-        self,
-        lease: int,
-        side: Side,
-        legs: Sequence[Leg],
-        calls: Sequence[Coroutine[Any, Any, Any]],
-    ) -> bool:
-        try:
-            results = await asyncio.gather(*calls, return_exceptions=True)
-        except asyncio.CancelledError:
-            self.abort(lease)  # every leg that was begun
-            self._parts.forget(lease, side)  # whoever began to ask wants no more of it
-            raise
-        return self._parts.began(lease, side, dict(zip(_numbers(legs), results, strict=True)))
-
-    def _give_up(self, entry: PartedLease) -> None:
-        self.abort(entry.lease)
-        if entry.source is not None:  # a part that was never fetched may be dropped there
-            self.discard(entry.source, entry.lease)
 
     def _emit(self, event: Event) -> None:
         leg = event.lease & LEG_MASK
@@ -222,7 +201,3 @@ class RankEndpoint(KVEndpoint):
 
 def _is_one(legs: Sequence[Leg]) -> bool:
     return len(legs) == 1 and legs[0][0] == 0
-
-
-def _numbers(legs: Sequence[Leg]) -> list[int]:
-    return [leg for leg, _ in legs]

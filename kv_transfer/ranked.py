@@ -10,7 +10,7 @@ import asyncio
 import itertools
 import secrets
 import socket
-from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -18,7 +18,7 @@ from ..engine.request import TransferAddress
 from .courses import Leg
 from .events import Asked, Ended, PairStatus, PeerRefused, PeerUnavailable, Released, Side
 from .layer_clock import LayerClock
-from .lease_parts import AskParts, Event, LeaseParts, PartedLease
+from .lease_parts import AskParts, Event, LeaseParts
 from .rank_endpoint import RankEndpoint
 from .rank_wire import (
     pack_address,
@@ -57,7 +57,7 @@ class RankedEndpoint:
         self._numbers = itertools.count()
         self._calls: dict[int, asyncio.Future[Any]] = {}
         self._events: asyncio.Queue[Event | None] = asyncio.Queue()
-        self._parts = LeaseParts(self._events.put_nowait, self._give_up)
+        self._parts = LeaseParts(self._events.put_nowait, self.abort, self.discard)
         self._asked = AskParts()
         self._tasks: set[asyncio.Task[None]] = set()
         self._serving: set[asyncio.Task[Any]] = set()
@@ -114,7 +114,7 @@ class RankedEndpoint:
         for rank, own in legs.items():
             calls[rank] = self._call(rank, "ask", pack_legs(own), *about)
         self._parts.open(lease, Side.SENDER, (), calls)
-        return await self._begin(lease, Side.SENDER, calls)
+        return await self._parts.begin(lease, Side.SENDER, calls)
 
     def skipped(self, lease: int) -> int:
         """As `KVEndpoint.skipped`: decode's leader gives every rank the same answer."""
@@ -151,7 +151,7 @@ class RankedEndpoint:
         for rank, own in legs.items():
             calls[rank] = self._call(rank, "grant", pack_legs(own), *about)
         self._parts.open(lease, Side.RECEIVER, blocks, calls).source = peer
-        await self._begin(lease, Side.RECEIVER, calls)
+        await self._parts.begin(lease, Side.RECEIVER, calls)
 
     def answer(self, asked: Asked, blocks: Sequence[int] | None, skip: int = 0) -> bool:
         """As `KVEndpoint.answer`. A rank whose asker is gone ends the lease."""
@@ -209,23 +209,6 @@ class RankedEndpoint:
         found = {rank: self._own.courses.legs(peer, side, rank) for rank in self._ranks}
         assert found[OWN], "the leaders hold the first layer's first head and exchange it"
         return {rank: legs for rank, legs in found.items() if legs}
-
-    async def _begin(
-        self, lease: int, side: Side, calls: Mapping[int, Coroutine[Any, Any, Any]]
-    ) -> bool:
-        """Whether it has begun, on any rank. Raises what every rank raised."""
-        try:
-            results = await asyncio.gather(*calls.values(), return_exceptions=True)
-        except asyncio.CancelledError:
-            self._parts.forget(lease, side)  # whoever began to ask wants no more of it
-            self.abort(lease)
-            raise
-        return self._parts.began(lease, side, dict(zip(calls, results, strict=True)))
-
-    def _give_up(self, entry: PartedLease) -> None:
-        self.abort(entry.lease)
-        if entry.source is not None:  # a part that was never fetched may be dropped there
-            self.discard(entry.source, entry.lease)
 
     def _on_event(self, rank: int, event: Event) -> None:
         match event:

@@ -12,44 +12,26 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .collective import Words
 from .copier import Push
 from .cuda_ipc import CudaIpcWriter
 from .device_memory import DeviceMemory, PeerDeviceMemory
 from .fit import Way
 from .memory import KVMemory
 from .window import Window
-
-_WORDS = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.uint8}
+from .words import Words
 
 
 class WindowWords(Words):
-    """As `Words`, of a window's units: a block here is a unit."""
+    """As `Words`, of a window's units: a block here is a unit, of several rows."""
 
     def __init__(self, memory: KVMemory, window: Window) -> None:
-        super().__init__(memory, window.layout)
+        super().__init__(memory, window.layout, window.grain)
         self._window = window
-        self._grain = window.grain
-        word = _WORDS[min(8, self._grain & -self._grain)]
-        flat = self._pool.view(-1).view(torch.uint8).view(word)
-        self._pool = flat.view(window.layout.num_layers, -1, self._grain // word.itemsize)
         self.first_layer, self.num_layers = window.layers.start, len(window.layers)
         self._set_block(window.unit_bytes)
 
-    def gather(self, layers: range, blocks: Sequence[int], buffer: Tensor) -> Tensor:
-        index = self._grains(blocks)
-        payload = self.part(buffer, len(layers), len(blocks))
-        for row, layer in enumerate(layers):
-            into = payload[row].view(-1, self._pool.shape[2])
-            torch.index_select(self._pool[layer], 0, index, out=into)
-        return payload
-
-    def scatter(self, payload: Tensor, layer: int, blocks: Sequence[int]) -> None:
-        rows = payload.view(-1, self._pool.shape[2])
-        self._pool[self.first_layer + layer].index_copy_(0, self._grains(blocks), rows)
-
-    def _grains(self, units: Sequence[int]) -> Tensor:
-        found = torch.from_numpy(self._window.grains(units, self._grain))
+    def _index(self, blocks: Sequence[int]) -> Tensor:
+        found = torch.from_numpy(self._window.grains(blocks, self._row_bytes))
         return found.to(self._pool.device, non_blocking=True)
 
 
@@ -85,5 +67,5 @@ class ReshardedCudaIpcWriter(CudaIpcWriter):
             target,
             num_layers=len(layers),
             num_blocks=len(grains[0]),
-            piece_bytes=self._grain,
+            block_bytes=self._grain,
         )

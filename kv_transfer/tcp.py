@@ -139,7 +139,6 @@ class TcpReader:
         self._frame: _Frame | None = None
         self._scrap = memoryview(bytearray(1 << 16))
         self._low_water = 1
-        self.canaries = 0  # arrived
 
     def read(self, now_s: float) -> list[Action]:
         """Take at most about READ_BYTES. Raises MalformedFrame, or OSError when it is over."""
@@ -234,9 +233,6 @@ class TcpReader:
         return views
 
     def _complete(self, frame: _Frame, now_s: float) -> list[Action]:
-        if frame.layer == _CANARY:
-            self.canaries += 1
-            return []
         if not frame.wanted:
             return []
         return self._table.wrote(

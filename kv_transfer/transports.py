@@ -18,7 +18,7 @@ from .shm import ShmWriter
 from .tcp import TcpReader, TcpWriter
 
 if TYPE_CHECKING:  # torch comes with the first group only
-    from .collective import Words
+    from .words import Words
 
 Broke = Callable[[int, str], None]
 
@@ -76,7 +76,7 @@ class Transports:
         return ReshardedTcpWriter(mine, data, out.mine), reader
 
     def _words(self, way: Way) -> Words:
-        from .collective import Words
+        from .words import Words
 
         if way.is_plain:
             return Words(self._memory, self._layout)

@@ -56,10 +56,6 @@ class Window:
         """Of one unit in one layer."""
         return int(self._lengths.sum())
 
-    @property
-    def pieces_a_unit(self) -> int:
-        return len(self._lengths)
-
     @cached_property
     def grain(self) -> int:
         """Bytes that divide every piece's length and place in the pool."""

@@ -146,7 +146,7 @@ def _running(command: list[str], environment: dict[str, str]) -> Iterator[Proces
     )
     try:
         yield process
-    except Exception:
+    except Exception:  # whatever it was, the server's last words may say why
         log.seek(0)
         print("".join(log.readlines()[-30:]), file=sys.stderr)
         raise

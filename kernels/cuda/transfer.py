@@ -3,8 +3,9 @@
 One kernel. A *side* of a place is (base address, bytes from layer to layer, from block to block):
 a pool, or a dense buffer, whose blocks are its numbers in order. Addresses are plain integers, so
 that a peer's pool, mapped through CUDA IPC (or shared memory, in a test), needs no tensor around
-it. A block is moved in pieces of neighbouring bytes: the whole block, or, for a range of heads,
-one piece for keys and one for values. 16 bytes a thread and access; nothing waits.
+it. What is called a block is any number of neighbouring bytes that every block has at a multiple of
+one stride: a block of the pool, or a grain of it where only some heads move. 16 bytes a thread and
+access; nothing waits.
 
 The readable version is `reference.copy_blocks`.
 """
@@ -34,10 +35,7 @@ def copy_kernel(
     target_layer,
     source_block,
     target_block,
-    source_piece,
-    target_piece,
     words,
-    pieces,
     WORD: tl.constexpr,  # bytes
     ALIGNED: tl.constexpr,  # every address and stride is a multiple of 16 bytes
     SOURCE_DENSE: tl.constexpr,
@@ -45,18 +43,16 @@ def copy_kernel(
     TILE: tl.constexpr,
 ) -> None:
     parts = tl.cdiv(words, TILE)
-    number = tl.program_id(0) // parts
+    index = tl.program_id(0) // parts
     layer = tl.program_id(1).to(tl.int64)
-    index = number // pieces
-    piece = (number % pieces).to(tl.int64)
     origin = index.to(tl.int64)
     if not SOURCE_DENSE:
         origin = tl.load(source_blocks + index).to(tl.int64)
     goal = index.to(tl.int64)
     if not TARGET_DENSE:
         goal = tl.load(target_blocks + index).to(tl.int64)
-    read = source + layer * source_layer + origin * source_block + piece * source_piece
-    write = target + layer * target_layer + goal * target_block + piece * target_piece
+    read = source + layer * source_layer + origin * source_block
+    write = target + layer * target_layer + goal * target_block
     if WORD == 8:
         read = read.to(tl.pointer_type(tl.int64))
         write = write.to(tl.pointer_type(tl.int64))
@@ -76,10 +72,9 @@ def copy_kernel(
 class Place:
     """Where blocks lie. All in bytes, multiples of 4 (of 16 for full speed)."""
 
-    address: int  # of the first layer's block 0 (and first head of the range)
+    address: int  # of the first layer's block 0
     layer_stride: int
     block_stride: int
-    piece_stride: int = 0  # from keys to values, where they move as two pieces
     blocks: Tensor | None = None  # int32 or int64 on the device; None: 0, 1, 2, ...
 
 
@@ -95,44 +90,29 @@ def pool_place(pool: Tensor, blocks: Tensor | None, *, first_layer: int = 0) -> 
     )
 
 
-def head_place(
-    pool: Tensor, blocks: Tensor | None, *, first_layer: int = 0, first_head: int = 0
-) -> Place:
-    """Keys and values of a range of heads, of `pool` [layers, blocks, 2, kv_heads, size, dim]."""
-    whole = pool_place(pool, blocks, first_layer=first_layer)
-    return Place(
-        address=whole.address + first_head * pool.stride(3) * pool.itemsize,
-        layer_stride=whole.layer_stride,
-        block_stride=whole.block_stride,
-        piece_stride=pool.stride(2) * pool.itemsize,
-        blocks=blocks,
-    )
-
-
 def copy_blocks(
     source: Place,
     target: Place,
     *,
     num_layers: int,
     num_blocks: int,
-    piece_bytes: int,
-    pieces: int = 1,
+    block_bytes: int,
 ) -> None:
-    """Copy `pieces` of `piece_bytes` of each block and layer. Both places on the current device.
+    """Copy `block_bytes` of each block and layer. Both places on the current device.
 
-    The target's blocks must differ from one another, and from what is read. Grid: blocks x
-    pieces x parts of a piece (neighbours in memory side by side), layers.
+    The target's blocks must differ from one another, and from what is read. Grid: blocks x parts
+    of a block (neighbours in memory side by side), layers.
     """
-    numbers = [piece_bytes]
+    numbers = [block_bytes]
     for place in (source, target):
-        numbers += [place.address, place.layer_stride, place.block_stride, place.piece_stride]
+        numbers += [place.address, place.layer_stride, place.block_stride]
     word = 8 if all(n % 8 == 0 for n in numbers) else 4
     assert all(n % word == 0 for n in numbers), "blocks are whole 4-byte words"
     if num_layers == 0 or num_blocks == 0:
         return
-    words = piece_bytes // word
+    words = block_bytes // word
     tile = min(_TILE, triton.next_power_of_2(words))
-    copy_kernel[(num_blocks * pieces * triton.cdiv(words, tile), num_layers)](
+    copy_kernel[(num_blocks * triton.cdiv(words, tile), num_layers)](
         source.address,
         target.address,
         source.blocks,
@@ -141,10 +121,7 @@ def copy_blocks(
         target.layer_stride,
         source.block_stride,
         target.block_stride,
-        source.piece_stride,
-        target.piece_stride,
         words,
-        pieces,
         WORD=word,
         ALIGNED=all(n % 16 == 0 for n in numbers),
         SOURCE_DENSE=source.blocks is None,
@@ -162,7 +139,7 @@ def gather_blocks(pool: Tensor, blocks: Tensor, buffer: Tensor, *, first_layer: 
         pool_place(buffer, None),
         num_layers=buffer.shape[0],
         num_blocks=blocks.shape[0],
-        piece_bytes=pool.stride(1) * pool.itemsize,
+        block_bytes=pool.stride(1) * pool.itemsize,
     )
 
 
@@ -173,5 +150,5 @@ def scatter_blocks(buffer: Tensor, pool: Tensor, blocks: Tensor, *, first_layer:
         pool_place(pool, blocks, first_layer=first_layer),
         num_layers=buffer.shape[0],
         num_blocks=blocks.shape[0],
-        piece_bytes=pool.stride(1) * pool.itemsize,
+        block_bytes=pool.stride(1) * pool.itemsize,
     )

@@ -146,6 +146,8 @@ def test_stop_string_ends_the_stream_and_is_not_part_of_the_text(
         ("echo", {"prompt": "a", "echo": True}),
         ("stop", {"prompt": "a", "stop": 3}),
         ("logit_bias", {"prompt": "a", "logit_bias": {"x": 1}}),
+        ("logit_bias", {"prompt": "a", "logit_bias": {"1": 10**400}}),
+        ("temperature", {"prompt": "a", "temperature": 10**400}),
         ("stream_options", {"prompt": "a", "stream_options": 1}),
         ("stream", {"prompt": "a", "stream": "yes"}),
         ("body", [1]),
@@ -159,6 +161,17 @@ def test_bad_body_is_a_400_that_names_the_parameter(
             answer = await http.post("/v1/completions", json=body)
             assert answer.status_code == 400
             assert answer.json()["error"]["param"] == param
+
+    run(scenario())
+
+
+@pytest.mark.parametrize("body", [b'{"prompt": "\\ud800"}', b"[" * 200_000, b'{"prompt": "'])
+def test_body_that_is_no_json_or_no_text_is_a_400(run: Run, serving: Serving, body: bytes) -> None:
+    async def scenario() -> None:
+        async with serving(http=True, served=SERVED) as (gateway, *_), client_of(gateway) as http:
+            answer = await http.post("/v1/completions", content=body)
+            assert answer.status_code == 400
+            assert answer.json()["error"]["param"] == "body"
 
     run(scenario())
 
@@ -217,6 +230,25 @@ def test_http_client_that_goes_away_cancels(run: Run, serving: Serving, stream: 
             decodes[0].stalled = False
             async with asyncio.timeout(5):
                 while not gateway.metrics.ended["Cancelled"] or gateway.router.in_flight:
+                    await asyncio.sleep(0.005)
+
+    run(scenario())
+
+
+def test_streaming_client_that_goes_away_before_the_first_token_cancels(
+    run: Run, serving: Serving
+) -> None:
+    async def scenario() -> None:
+        async with serving(http=True, served=SERVED) as (gateway, prefills, _):
+            prefills[0].stalled = True
+            async with client_of(gateway) as http:
+                body = {"prompt": "a", "stream": True}
+                pending = asyncio.create_task(http.post("/v1/completions", json=body))
+                while not prefills[0].rows:
+                    await asyncio.sleep(0.005)
+                pending.cancel()
+            async with asyncio.timeout(5):
+                while not gateway.metrics.ended["Cancelled"]:
                     await asyncio.sleep(0.005)
 
     run(scenario())

@@ -20,7 +20,7 @@ from phasewise.placement.step_profile import ProfilePoint, StepProfile, write_pr
 from phasewise.tests.serving.in_process import cluster
 
 from .fake_worker import FakeWorker, Run, Serving, expected
-from .test_router import admitted, outputs, tokens
+from .routed import admitted, outputs, tokens
 from .test_supervisor import CONFIG, LoopLauncher, is_ready, until
 from .test_worker_link import message_of, stream_of
 

@@ -31,13 +31,14 @@ class LoopLauncher:
         self.live: dict[WorkerId, FakeWorker] = {}
         self.deaths: dict[WorkerId, asyncio.Event] = defaultdict(asyncio.Event)
         self.failures = 0  # starts that are to fail
+        self.failure: Exception = LaunchError("no memory")
         self.attempts: list[WorkerId] = []
 
     async def start(self, spec: WorkerSpec) -> Started:
         self.attempts.append(spec.worker)
         if self.failures:
             self.failures -= 1
-            raise LaunchError("no memory")
+            raise self.failure
         worker = FakeWorker(spec.role, spec.worker.name, step_s=0.002)
         await worker.start()
         self.live[spec.worker] = worker
@@ -116,6 +117,17 @@ def test_a_start_that_fails_is_tried_again_under_a_new_incarnation() -> None:
         launcher.deaths[WorkerId(name="prefill-0", incarnation=1)].set()
         await until(lambda: WorkerId(name="prefill-0", incarnation=3) in launcher.live)
         await until(lambda: is_ready(fleet, "prefill"))
+
+    run(check)
+
+
+def test_a_launcher_that_breaks_is_told_and_tried_again(caplog: pytest.LogCaptureFixture) -> None:
+    async def check(supervisor: Supervisor, launcher: LoopLauncher, fleet: Fleet) -> None:
+        await supervisor.start(worker_specs(CONFIG, 2))
+        launcher.failures, launcher.failure = 1, RuntimeError("no connection to the launcher")
+        launcher.deaths[WorkerId(name="prefill-0", incarnation=1)].set()
+        await until(lambda: WorkerId(name="prefill-0", incarnation=3) in launcher.live)
+        assert "no connection to the launcher" in caplog.text
 
     run(check)
 

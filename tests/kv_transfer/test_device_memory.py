@@ -71,14 +71,23 @@ class HostRuntime:
         return (0,)
 
 
-def host_copy(source, target, *, num_layers, num_blocks, piece_bytes) -> None:  # noqa: ANN001
+def host_copy(source, target, *, num_layers, num_blocks, block_bytes) -> None:  # noqa: ANN001
     """What the copy kernel does with two places."""
     for layer in range(num_layers):
         for here, there in zip(source.blocks.tolist(), target.blocks.tolist(), strict=True):
             read = source.address + layer * source.layer_stride + here * source.block_stride
             write = target.address + layer * target.layer_stride + there * target.block_stride
-            ctypes.memmove(write, read, piece_bytes)
+            ctypes.memmove(write, read, block_bytes)
     assert num_blocks == len(source.blocks)
+
+
+def host_gpu(runtime: HostRuntime) -> Gpu:
+    """cuda_ipc gathers and scatters nothing."""
+    return Gpu(runtime, "cpu", host_copy, gather=not_called, scatter=not_called)
+
+
+def not_called(*arguments: object, **named: object) -> None:
+    raise AssertionError("only a group has staging buffers")
 
 
 def pool_of(memory: DeviceMemory) -> np.ndarray:
@@ -90,7 +99,7 @@ def pool_of(memory: DeviceMemory) -> np.ndarray:
 async def on_device(
     name: str, seed: int, runtime: HostRuntime, transport: str = "cuda_ipc"
 ) -> AsyncIterator[tuple[KVEndpoint, TransferAddress, np.ndarray]]:
-    memory = DeviceMemory(LAYOUT.num_bytes, Gpu(runtime, "cpu", host_copy))
+    memory = DeviceMemory(LAYOUT.num_bytes, host_gpu(runtime))
     pool = pool_of(memory)
     pool[:] = pool_bytes(seed)
     config = TransferConfig(**{**LAYERED, "transport": transport})
@@ -137,11 +146,11 @@ async def test_memory_that_cannot_be_mapped_is_an_unreachable_peer() -> None:
 
 def test_a_handle_of_another_size_is_refused() -> None:
     with pytest.raises(DeviceError, match="3 bytes"):
-        PeerDeviceMemory(b"abc", 64, Gpu(HostRuntime(), "cpu", host_copy))
+        PeerDeviceMemory(b"abc", 64, host_gpu(HostRuntime()))
 
 
 def test_canaries_and_blocks_of_a_device_are_read_back() -> None:
-    memory = DeviceMemory(LAYOUT.num_bytes, Gpu(HostRuntime(), "cpu", host_copy))
+    memory = DeviceMemory(LAYOUT.num_bytes, host_gpu(HostRuntime()))
     memory.put_canary(5, b"x" * 64)
     assert memory.holds_canary(5, b"x" * 64) and not memory.holds_canary(6, b"x" * 64)
     pool_of(memory)[:] = pool_bytes(3)

@@ -12,7 +12,7 @@ import itertools
 import threading
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -79,8 +79,46 @@ def _held(worker: Any) -> dict[str, int]:
     return {name: getattr(worker, name) for name in names if getattr(worker, name)}
 
 
-def _parallel(split: tuple[int, int]) -> dict[str, int]:
-    return {"tensor_parallel": split[0], "pipeline_parallel": split[1]}
+@dataclass(frozen=True, kw_only=True)
+class _Pools:
+    """What all workers have in common, and each one's specification."""
+
+    path: Path
+    dtype: str
+    max_model_len: int
+    transfer: TransferConfig
+    max_batch_tokens: int
+    paced: PacedConfig | None
+
+    def prefill(self, number: int, kv: KVConfig, split: tuple[int, int]) -> WorkerSpec:
+        pool = PrefillConfig(**self._pool(split), max_batch_tokens=self.max_batch_tokens)
+        return WorkerSpec(**self._shared(f"prefill-{number}"), prefill=pool, kv=kv)
+
+    def decode(self, number: int, kv: KVConfig, split: tuple[int, int]) -> WorkerSpec:
+        most = max(65, self.max_batch_tokens)
+        pool = DecodeConfig(**self._pool(split), max_batch_tokens=most)
+        return WorkerSpec(**self._shared(f"decode-{number}"), decode=pool, kv=kv)
+
+    def _pool(self, split: tuple[int, int]) -> dict[str, Any]:
+        device = {} if self.paced is None else {"device": "paced"}
+        return {
+            "threads": 1,
+            "tensor_parallel": split[0],
+            "pipeline_parallel": split[1],
+            **device,
+        }
+
+    def _shared(self, name: str) -> dict[str, Any]:
+        model = ModelConfig(path=self.path, dtype=self.dtype, max_model_len=self.max_model_len)  # pyright: ignore
+        paced = {} if self.paced is None else {"paced": self.paced}
+        worker = WorkerId(name=name, incarnation=next(_incarnations))
+        return {
+            "worker": worker,
+            "model": model,
+            "transfer": self.transfer,
+            "slo": SloConfig(),
+            **paced,
+        }
 
 
 def _server(spec: WorkerSpec) -> WorkerServer:
@@ -124,6 +162,14 @@ async def cluster(
 ) -> AsyncIterator[Cluster]:
     """Everything started and attached; everything gone on exit. A split is (tensor, pipeline);
     `block_size` is of both pools where `decode_block_size` says no other."""
+    pools = _Pools(
+        path=path,
+        dtype=dtype,
+        max_model_len=max_model_len,
+        transfer=TransferConfig(transport=transport, mode=mode),  # pyright: ignore
+        max_batch_tokens=max_batch_tokens,
+        paced=paced,
+    )
     kv = KVConfig(
         memory=num_bytes,
         block_size=block_size,
@@ -131,36 +177,8 @@ async def cluster(
         dtype=kv_dtype,  # pyright: ignore
     )
     decode_kv = replace(kv, block_size=decode_block_size or block_size)
-    shared: dict[str, Any] = {
-        "model": ModelConfig(path=path, dtype=dtype, max_model_len=max_model_len),  # pyright: ignore
-        "transfer": TransferConfig(transport=transport, mode=mode),  # pyright: ignore
-        "slo": SloConfig(),
-    }
-    pool: dict[str, Any] = {"threads": 1}
-    if paced is not None:
-        shared["paced"] = paced
-        pool["device"] = "paced"
-    specs = [
-        WorkerSpec(
-            worker=WorkerId(name=f"prefill-{i}", incarnation=next(_incarnations)),
-            prefill=PrefillConfig(
-                **pool, **_parallel(prefill_split), max_batch_tokens=max_batch_tokens
-            ),
-            kv=kv,
-            **shared,
-        )
-        for i in range(prefill)
-    ] + [
-        WorkerSpec(
-            worker=WorkerId(name=f"decode-{i}", incarnation=next(_incarnations)),
-            decode=DecodeConfig(
-                **pool, **_parallel(decode_split), max_batch_tokens=max(65, max_batch_tokens)
-            ),
-            kv=decode_kv,
-            **shared,
-        )
-        for i in range(decode)
-    ]
+    specs = [pools.prefill(i, kv, prefill_split) for i in range(prefill)]
+    specs += [pools.decode(i, decode_kv, decode_split) for i in range(decode)]
     gateway = Gateway(
         load_served_model(path, name="test", max_model_len=max_model_len),
         GatewaySettings(
@@ -171,6 +189,12 @@ async def cluster(
             ),
         ),
     )
+    async with _running(gateway, specs) as running:
+        yield running
+
+
+@asynccontextmanager
+async def _running(gateway: Gateway, specs: list[WorkerSpec]) -> AsyncIterator[Cluster]:
     workers = {spec.worker.name: _server(spec) for spec in specs}
     running = Cluster(gateway, workers)
     try:

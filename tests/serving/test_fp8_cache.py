@@ -50,7 +50,7 @@ class Greedy:
         self.margin = torch.inf
 
     def sample(
-        self, logits: torch.Tensor, sequences: list[Sequence]
+        self, logits: torch.Tensor, sequences: list[Sequence], positions: list[int]
     ) -> tuple[list[int], list[TokenLogprobs | None] | None]:
         best = logits.topk(2).values
         self.margin = min(self.margin, float((best[:, 0] - best[:, 1]).min()))

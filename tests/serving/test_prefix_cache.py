@@ -32,18 +32,6 @@ def run(work: Coroutine[Any, Any, None]) -> None:
     asyncio.run(asyncio.wait_for(work, LIMIT_S))
 
 
-@pytest.fixture(scope="module")
-def case(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Case]:
-    cases: dict[str, Case] = {}
-
-    def build(name: str) -> Case:
-        if name not in cases:
-            cases[name] = Case(name, tmp_path_factory.mktemp(name))
-        return cases[name]
-
-    return build
-
-
 def tokens(draw: random.Random, count: int) -> list[int]:
     return [draw.randrange(131) for _ in range(count)]
 

@@ -36,18 +36,6 @@ def run(work: Coroutine[Any, Any, None]) -> None:
 
 
 @pytest.fixture(scope="module")
-def case(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Case]:
-    cases: dict[str, Case] = {}
-
-    def build(name: str) -> Case:
-        if name not in cases:
-            cases[name] = Case(name, tmp_path_factory.mktemp(name))
-        return cases[name]
-
-    return build
-
-
-@pytest.fixture(scope="module")
 def mixed(case: Callable[[str], Case]) -> tuple[Path, list[list[int]], list[list[int]]]:
     """A checkpoint, sixteen prompts of 1 to 500 tokens, and what follows each."""
     reference = case("llama")

@@ -141,14 +141,13 @@ def append_cases() -> list[Case]:
 
 def copy_case() -> Case:
     strides = ["source_layer", "target_layer", "source_block", "target_block"]
-    strides += ["source_piece", "target_piece"]
     types = {"source": "i64:16", "target": "i64:16", "source_blocks": "*i64"}
     types |= {"target_blocks": "*i32", "words": "i32:16"}
     return Case(
         name="copy of blocks",
         kernel=copy_kernel,
         arguments=types | dict.fromkeys(strides, "i64:16"),
-        constants={"WORD": 8, "ALIGNED": True, "pieces": 1, "TILE": 2048}
+        constants={"WORD": 8, "ALIGNED": True, "TILE": 2048}
         | {"SOURCE_DENSE": False, "TARGET_DENSE": False},
         options={"num_warps": 8},
         instructions=("LDG.E.128", "STG.E.128"),
@@ -219,8 +218,6 @@ def expert_case(slots_per_expert: int) -> Case:
 def sampling_cases() -> list[Case]:
     large, bits = {"TILE": 4096}, {"ID_BITS": (128_256).bit_length()}
     rows = {"stride": "i32:16", "vocab": "i32"}
-    cell = {"logits": "*fp32", "rows": "*i64", "ids": "*i64", "stride": "i32:16", "size": "i32"}
-    penalties = dict.fromkeys(("repetition", "frequency", "presence", "counts"), "*fp32")
     columns = {"floors": "*i64", "top_k": "*i64", "top_p": "*fp64", "vocab": "i32:16"}
     columns |= {"seeds": "*i64", "positions": "*i64"}
     maxima = {"logits": "*fp32", "maxima": "*fp32"}
@@ -264,6 +261,13 @@ def sampling_cases() -> list[Case]:
             arguments={"out": "*fp64", "seeds": "*i64", "positions": "*i64", "size": "i32"},
             constants={"TILE": 128},
         ),
+    ]
+
+
+def logits_cases() -> list[Case]:
+    cell = {"logits": "*fp32", "rows": "*i64", "ids": "*i64", "stride": "i32:16", "size": "i32"}
+    penalties = dict.fromkeys(("repetition", "frequency", "presence", "counts"), "*fp32")
+    return [
         Case(
             name="bias",
             kernel=logits.add_bias_kernel,
@@ -338,6 +342,7 @@ CASES = [
     expert_case(8),
     expert_case(256),
     *sampling_cases(),
+    *logits_cases(),
     *resident_cases(),
 ]
 
