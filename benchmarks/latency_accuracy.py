@@ -21,6 +21,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
+from phasewise.engine.step_time import StepFeatures
 from phasewise.placement import tables
 from phasewise.placement.aiconfigurator_source import AiconfiguratorLatency
 from phasewise.placement.fitting import Point, fit_coefficients, fit_knots, medians
@@ -48,6 +49,7 @@ class Accuracy:
     points: int
     median: float  # relative error
     p90: float
+    noise: float  # median spread of repeats of one point, by the same measure; NaN: no repeats
 
 
 def by_knots(points: Sequence[Point]) -> Callable[[Point], float]:
@@ -69,16 +71,29 @@ def leave_points_out(name: str, points: Sequence[Point], fit: Predictor, folds: 
         seen = [point for i, point in enumerate(grid) if i % folds != fold]
         predict = fit(seen)
         errors += [abs(predict(point) / point[1] - 1) for point in held]
-    return _accuracy(name, "grid point", errors)
+    return _accuracy(name, "grid point", errors, noise(points))
 
 
-def _accuracy(table: str, left_out: str, errors: Sequence[float]) -> Accuracy:
+def noise(points: Sequence[Point]) -> float:
+    """How far a single repeat lies from the median of its point: no prediction errs less."""
+    middle = dict(medians(points))
+    repeats: dict[StepFeatures, list[float]] = {}
+    for features, seconds in points:
+        repeats.setdefault(features, []).append(abs(seconds / middle[features] - 1))
+    several = [float(np.mean(spread)) for spread in repeats.values() if len(spread) > 1]
+    return float(np.median(several)) if several else float("nan")
+
+
+def _accuracy(
+    table: str, left_out: str, errors: Sequence[float], spread: float = float("nan")
+) -> Accuracy:
     return Accuracy(
         table=table,
         left_out=left_out,
         points=len(errors),
         median=float(np.median(errors)),
         p90=float(np.percentile(errors, 90)),
+        noise=spread,
     )
 
 
@@ -256,11 +271,13 @@ def main() -> None:
     arguments = parser.parse_args()
     rows = [row for section in SECTIONS for row in section(arguments.data)]
     if arguments.json:
-        print(json.dumps([asdict(row) for row in rows], indent=1))
+        plain = [{k: v for k, v in asdict(row).items() if v == v} for row in rows]
+        print(json.dumps(plain, indent=1))
         return
-    print(f"{'table':58} {'left out':10} {'points':>6} {'median':>7} {'p90':>7}")
+    print(f"{'table':58} {'left out':10} {'points':>6} {'median':>7} {'p90':>7} {'noise':>7}")
     for row in rows:
-        errors = f"{row.median:7.1%} {row.p90:7.1%}"
+        spread = "" if np.isnan(row.noise) else f"{row.noise:7.1%}"
+        errors = f"{row.median:7.1%} {row.p90:7.1%} {spread}"
         print(f"{row.table:58} {row.left_out:10} {row.points:6} {errors}")
 
 

@@ -6,7 +6,8 @@ sheet) and overheads from a calibration run of its own, never from a run that is
 workers have one thread and a core each. What was measured is kept in --folder and not measured
 again: remove a file to repeat it, or give another folder.
 
-    python benchmarks/twin.py [--case cpu-1p1d] [--within-s 110] [--json] [--figure docs/twin.svg]
+    python benchmarks/twin.py [--case cpu-1p1d] [--within-s 110] [--only-measure] [--json]
+                              [--figure docs/twin.svg]
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from pathlib import Path
 from live.cases import CASES
 from live.comparison import Row, compare, table
 from live.figure import figure
-from live.pieces import Folder, fill
+from live.pieces import Folder, calibrate, fill
 from phasewise.cluster.commands.status import to_text
 
 FOLDER = Path(__file__).parent / "results" / "twin"
@@ -35,6 +36,9 @@ def main() -> int:
     parser.add_argument(
         "--within-s", type=float, default=1200.0, help="start nothing that ends later"
     )
+    parser.add_argument(
+        "--only-measure", action="store_true", help="compare later: that takes no idle machine"
+    )
     parser.add_argument("--figure", type=Path, metavar="SVG", help="draw what there is")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
@@ -42,12 +46,17 @@ def main() -> int:
     args.folder.mkdir(parents=True, exist_ok=True)
     folder = Folder(path=args.folder)
     rows: list[Row] = []
+    whole = True
     for name in args.case or CASES:
         case = CASES[name]
-        if fill(case, folder, until_s=until_s):
-            rows += compare(case, folder)
-        else:
+        if not fill(case, folder, until_s=until_s):
             print(f"{name}: not complete yet, run this again", file=sys.stderr)
+            whole = False
+        elif not args.only_measure:
+            calibrate(case, folder)
+            rows += compare(case, folder)
+    if args.only_measure:
+        return 0 if whole else 1
     if args.figure is not None and rows:
         args.figure.write_text(figure(rows), encoding="utf-8")
     report(rows, as_json=args.json)

@@ -126,5 +126,6 @@ def _check_files(path: Path, *, with_weights: bool) -> None:
         raise InvalidConfig(
             "model.path",
             f"{path} lacks {', '.join(missing[:3])}",
-            "a checkpoint is config.json and safetensors, single or with an index",
+            "a checkpoint is config.json and safetensors, single or with an index; validate "
+            "--without-weights checks a file whose weights lie elsewhere",
         )

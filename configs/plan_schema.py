@@ -36,14 +36,14 @@ class PlannedModel:
 class LatencyConfig:
     """Where step times come from."""
 
-    source: Literal["sheet", "profile", "distserve", "aiconfigurator"] = "sheet"
+    source: Literal["sheet", "profile", "distserve", "splitwise", "aiconfigurator"] = "sheet"
     """sheet: config.json and the hardware sheet. profile: a file of `phasewise profile`.
-    distserve: its published coefficients. aiconfigurator: NVIDIA's database, where that optional
-    package is installed."""
+    distserve: its published coefficients. splitwise: its published table, or one of its form.
+    aiconfigurator: NVIDIA's database, where that optional package is installed."""
     file: Path | None = None
     """The profile; not for sheet and aiconfigurator."""
     model: str = ""
-    """The model's name in a DistServe file."""
+    """The model's name in a DistServe or Splitwise file."""
     kv_tokens: CountOrZero = 0
     """Positions that one worker holds. 0: worked out from memory."""
     calibration: Path | None = None
@@ -57,8 +57,8 @@ class MachineConfig:
 
     hardware: str
     """Name of a hardware sheet, or the path of one's own ending in .json."""
-    nodes: Count = 1
-    """How many there are."""
+    nodes: CountOrZero = 1
+    """How many there are; 0: none, it is the reference of slowdowns."""
     gpus_per_node: Count = 8
     """GPUs in one; on CPUs, cores."""
     nvlink_domain: CountOrZero = 0
@@ -69,6 +69,8 @@ class MachineConfig:
     """$ of one GPU."""
     power_w: Positive | None = None
     """Of one GPU."""
+    decode_power_w: Positive | None = None
+    """Of one GPU of a decode pool, where those are capped. Its step times are taken as they are."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -94,6 +96,7 @@ class SearchConfig:
     auto: both, the better one is taken."""
     colocated: bool = True
     """Whether workers that do both phases compete."""
+    min_tensor_parallel: Count = 1
     max_tensor_parallel: Count = 8
     max_pipeline_parallel: Count = 4
     tensor_parallel_across_nodes: bool = False
@@ -111,7 +114,8 @@ class SearchConfig:
     """false: KV costs nothing to move, as DistServe's planner has it."""
     compare: str = ""
     """A placement to be judged beside the winner: "P4x1 D2x2" is prefill with tensor parallel 4
-    and decode with tensor and pipeline parallel 2; counts in front, as in "3P4x1 2D2x2"."""
+    and decode with tensor and pipeline parallel 2; counts in front and machines behind, as in
+    "3P4x1@h100 2D2x2@a100". Without P: colocated."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -132,6 +136,8 @@ class PlanConfig:
     slo: Mapping[str, Any]
     inventory: Mapping[str, MachineConfig]
     latency: LatencyConfig = field(default_factory=LatencyConfig)
+    machine_latency: Mapping[str, LatencyConfig] = field(default_factory=dict)
+    """Of machines, by their names in the inventory, whose step times come from elsewhere."""
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     search: SearchConfig = field(default_factory=SearchConfig)
     kv: PlannedKV = field(default_factory=PlannedKV)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from math import inf
 
 from ..engine.sequence import Sequence
@@ -66,6 +67,17 @@ class ChunkBudget:
         assert self._step_time is not None
         features = self._features.with_chunk(count, context)
         return self._step_time.batch_s(features) <= self._slack_s
+
+
+def chunks_of(prompts: Iterable[Sequence], budget: ChunkBudget) -> Iterator[tuple[Sequence, int]]:
+    """Who joins the step with how many tokens, in the order given; asks for no more than fit."""
+    for sequence in prompts:
+        wanted = sequence.num_uncomputed
+        count = budget.cut(wanted, sequence.num_computed)
+        if count:
+            yield sequence, count
+        if count < wanted or budget.used_up:
+            return
 
 
 def step_budget(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Container, Mapping
 
-from ..engine.batch import Batch
+from ..engine.batch import Batch, Progress
 from ..engine.order import Line, Waiter
 from ..engine.prefix_cache import PrefixCache
 from ..engine.sequence import Sequence
@@ -71,6 +71,36 @@ class Running:
             return [row for row in self.decoding if row not in stalled], preempted
         return list(self.decoding), preempted
 
+    def go_on(self, former: Batch, doomed: Container[str], at_least: int) -> Batch | None:
+        """The step after `former`, which is in flight and whose every row decodes: the same rows a
+        position on, each with its block, but for the doomed and those that have their last token
+        then. None where fewer than `at_least` are left, somebody was left out of `former` or is
+        computed in chunks, a row needs the token before, or a block is lacking.
+        """
+        if former.num_rows < self.num_rows:
+            return None
+        if former.follows is None:  # else they are rows of one that was looked at
+            draws = [row.request.sampling.is_plain_draw for row in former.sequences]
+            if not all(draws):
+                return None
+        block_size, allocator = self.allocator.block_size, self.allocator
+        follows, sequences, starts, growing = [], [], [], []
+        for row, sequence in enumerate(former.sequences):
+            start = former.starts[row] + 1
+            if start + 1 >= sequence.max_total_tokens or sequence.id in doomed:
+                continue
+            follows.append(row)
+            sequences.append(sequence)
+            starts.append(start)
+            if start == len(sequence.blocks) * block_size:
+                growing.append(sequence)
+        if len(follows) < at_least or len(growing) > allocator.num_available:
+            return None
+        for sequence in growing:
+            extended = allocator.extend(sequence.blocks)
+            assert extended, "num_available says so"
+        return Batch(sequences=sequences, starts=starts, counts=[1] * len(follows), follows=follows)
+
     def enter(self, sequence: Sequence) -> None:
         """A sequence has its blocks and is computed here, from behind what it found cached."""
         self.prefilling.append(sequence)
@@ -91,13 +121,15 @@ class Running:
         self.context_tokens += len(rows)
         return endings
 
-    def advance_chunks(self, batch: Batch, first_row: int, doomed: Container[str]) -> list[int]:
-        """Chunks from `first_row` on are computed; returns the rows whose sequence is decoding now.
-
-        These are due a token, which the caller appends. What the `doomed` computed is not kept.
+    def advance_chunks(
+        self, batch: Batch, token_ids: list[int], progress: Progress, doomed: Container[str]
+    ) -> list[Ending]:
+        """Chunks, behind the rows that stand in `progress`, are computed: sequences with all tokens
+        computed are decoding now and take theirs; returns these possible ends. What the `doomed`
+        computed is not kept.
         """
-        rows = []
-        for row in range(first_row, batch.num_rows):
+        endings = []
+        for row in range(len(progress.rows), batch.num_rows):
             sequence = batch.sequences[row]
             sequence.num_computed += batch.counts[row]
             self.context_tokens += batch.counts[row]
@@ -106,8 +138,10 @@ class Running:
             if sequence.num_computed == sequence.num_tokens:
                 self.prefilling.remove(sequence)
                 self.decoding[sequence] = None
-                rows.append(row)
-        return rows
+                sequence.append(token_ids[row])
+                progress.add(sequence, token_ids[row], row)
+                endings.append((sequence, token_ids[row]))
+        return endings
 
     def steady_steps(self) -> int:
         """Steps of `steady` with all who decode; 0 where somebody cannot take part."""
@@ -137,6 +171,17 @@ class Running:
     def leave_ready(self, waiter: Waiter) -> None:
         self.ready.remove(waiter)
         self.prefix.drop(waiter.sequence)
+
+    def check(self) -> None:
+        """Assert the laws of rows, and of who waits for one."""
+        rows, ready = [*self.decoding, *self.prefilling], [waiter.sequence for waiter in self.ready]
+        for sequence in [*self.decoding, *ready]:
+            assert sequence.num_uncomputed == 1, sequence.id
+        for sequence in [*rows, *ready]:
+            capacity = len(sequence.blocks) * self.allocator.block_size
+            assert 0 <= sequence.num_computed <= capacity
+        assert sum(row.num_computed for row in rows) == self.context_tokens
+        self.prefix.check({row.id for row in self.prefilling})
 
     def _victim(self) -> Waiter | None:
         """Lowest priority class, then latest arrival; never the oldest of all."""

@@ -11,6 +11,10 @@ Policy, per step:
 3. Then chunks, stall-free (Sarathi-Serve, OSDI '24): prompts in progress, preempted sequences,
    new prompts by earliest first-token deadline, late ones last. How much: `chunking`.
    Who may come in: `admission`.
+
+While a step is in flight whose rows all decode, the next one may be given out before its tokens
+are known, where nobody could come in: the same rows, a position on. Whoever comes meanwhile waits
+for that one step more.
 """
 
 from __future__ import annotations
@@ -26,10 +30,11 @@ from ..engine.sequence import Sequence
 from ..engine.step_time import StepTime, features_of, prefill_s
 from ..engine.step_time_online import OnlineStepTime
 from .admission import Admission
-from .chunking import step_budget
+from .chunking import chunks_of, step_budget
 from .grants import Grants
+from .in_flight import InFlight
 from .limits import DecodeLimits
-from .running import Ending, Running
+from .running import Running
 
 _INFINITE = float("inf")
 
@@ -37,8 +42,9 @@ _INFINITE = float("inf")
 class DecodeScheduler:
     """Sequences come in by `add`, `resume` or `wait_for_room`, and run until they end.
 
-    One step is in flight at most, from `next_batch` to `advance`; every other call may come in
-    between. Times are seconds on the caller's clock, the one of `Request.arrival_s`.
+    A step is in flight from `next_batch` to `advance`, and at most one more that follows it; every
+    other call may come in between. Times are seconds on the caller's clock, that of
+    `Request.arrival_s`.
     """
 
     def __init__(
@@ -58,9 +64,7 @@ class DecodeScheduler:
         self._fetching: set[str] = set()  # room was found, KV is on its way
         self._running = Running(self.prefix, self._waiters)
         self._grants = Grants(self.prefix, self._admission)
-        self._in_flight: Batch | None = None
-        self._num_decode_rows = 0  # of the step in flight
-        self._doomed: set[str] = set()  # aborted while in flight
+        self.in_flight = InFlight(limits.max_batch_size)
         # Tokens that may end some sequence here; only these are worth the exact question.
         self._stop_token_ids = set(limits.eos_token_ids)
         self._serial = 0
@@ -166,8 +170,8 @@ class DecodeScheduler:
     def abort(self, sequence_id: str) -> bool:
         """Forget a sequence; False if it is not here (any more).
 
-        Its blocks are free on return, or in `advance` if a step computes it. Blocks that
-        `next_fetches` leased for it stay leased until the caller's `unlease`.
+        Its blocks are free on return, or in the last `advance` of a step that computes it. Those
+        that `next_fetches` leased for it stay leased until the caller's `unlease`.
         """
         waiter = self._waiters.get(sequence_id)
         if waiter is None or waiter.doomed:
@@ -181,9 +185,8 @@ class DecodeScheduler:
             self._running.leave_ready(waiter)
         elif waiter.line is not None:
             self._admission.remove(waiter)
-        elif self._in_flight is not None and sequence in self._in_flight.sequences:
-            waiter.doomed = True
-            self._doomed.add(sequence_id)
+        elif self.in_flight.computes(sequence):
+            self._doom(waiter)
             return True
         else:
             self._running.leave(sequence)
@@ -193,49 +196,56 @@ class DecodeScheduler:
     # The step.
 
     def next_batch(self, now_s: float) -> Batch | None:
-        """The next step's rows; None when nothing can run before another call brings work."""
-        assert self._in_flight is None, "advance() the step in flight first"
+        """The next step's rows; None when nothing can run before another call brings work.
+
+        With a step in flight: those of the step that follows it, or None where that one's tokens
+        must be known first.
+        """
         self._now_s = now_s
+        if self.in_flight:
+            return self._following()
         self.settle()
         self._running.place_ready(self._limits.max_batch_size)
         sequences, preempted = self._running.grow()
         for waiter in preempted:
             self._admission.add_preempted(waiter, now_s)
         starts = [sequence.num_computed for sequence in sequences]
-        self._num_decode_rows = num_rows = len(sequences)
+        num_rows = len(sequences)
         counts = [1] * num_rows
         if self._running.prefilling or self._admission.prompts or self._admission.preempted:
             self._add_chunks(sequences, starts, counts, now_s)
         if not sequences:
             return None
-        self._in_flight = Batch(sequences=sequences, starts=starts, counts=counts)
-        return self._in_flight
+        batch = Batch(sequences=sequences, starts=starts, counts=counts)
+        return self.in_flight.give_out(batch, num_rows)
 
     def observe(self, batch: Batch, measured_s: float) -> None:
-        """What the step in flight took; a model of step times that learns is taught."""
+        """What the oldest step in flight took; a model of step times that learns is taught."""
         if isinstance(self._step_time, OnlineStepTime):
             self._step_time.observe(features_of(batch), measured_s)
 
     def advance(self, batch: Batch, output: StepOutput, now_s: float) -> Progress:
         """Take a step's result: each row that reached its last known token got one more.
 
-        A finished sequence's blocks are free already. Aborted ones stand nowhere in Progress.
+        A finished sequence's blocks are free already, unless the step that follows computes it
+        too: then they are when that has advanced, whose token for it is nobody's. Aborted ones
+        stand nowhere in Progress.
         """
-        assert batch is self._in_flight, "not the step in flight"
-        self._in_flight = None
+        num_rows, token_ids = self.in_flight.take(batch), output.token_ids
         self._now_s = now_s
-        num_rows, token_ids = self._num_decode_rows, output.token_ids
         rows = batch.sequences[:num_rows]
         progress = Progress(
             sequences=rows, token_ids=token_ids[:num_rows], rows=list(range(num_rows))
         )
+        doomed = self.in_flight.doomed
         endings = self._running.advance_rows(rows, token_ids, self._stop_token_ids)
         if num_rows < batch.num_rows:
-            endings += self._advance_chunks(batch, token_ids, progress)
-        if self._doomed:
-            self._end_doomed(batch, progress)
+            endings += self._running.advance_chunks(batch, token_ids, progress, doomed)
+        if doomed:
+            progress.drop(doomed)
+            self._end_doomed()
         for sequence, token_id in endings:
-            if sequence.id in self._waiters:
+            if sequence.id not in doomed:
                 self._end_if_due(sequence, token_id, progress)
         return progress
 
@@ -248,7 +258,7 @@ class DecodeScheduler:
         where that is not certain. For sequences without tokens, which only their length ends.
         """
         running = self._running
-        if self._in_flight is not None or running.prefilling:
+        if self.in_flight or running.prefilling:
             return 0
         running.place_ready(self._limits.max_batch_size)
         if self._admission.num_waiting:
@@ -301,19 +311,13 @@ class DecodeScheduler:
         self.settle()
         self._allocator.check()
         self._admission.check()
+        self._running.check()
         ready = [waiter.sequence for waiter in self._running.ready]
         running = [*self._running.decoding, *self._running.prefilling]
         assert len(running) <= self._limits.max_batch_size
         fetching = [self._waiters[name].sequence for name in self._fetching]
         holders = [*running, *ready, *fetching]
         self._allocator.check_held([*(sequence.blocks for sequence in holders), *self._grants.held])
-        self.prefix.check({sequence.id for sequence in self._running.prefilling})
-        for sequence in [*self._running.decoding, *ready]:
-            assert sequence.num_uncomputed == 1, sequence.id
-        for sequence in [*running, *ready]:
-            capacity = len(sequence.blocks) * self._allocator.block_size
-            assert 0 <= sequence.num_computed <= capacity
-        assert sum(s.num_computed for s in running) == self._running.context_tokens
         num_known = len(running) + len(ready) + len(self._admission) + len(self._fetching)
         assert num_known == len(self._waiters)
 
@@ -328,6 +332,16 @@ class DecodeScheduler:
         waiter = self._waiters[sequence.id] = Waiter(sequence, self._serial, now_s)
         return waiter
 
+    def _following(self) -> Batch | None:
+        """The step after the one in flight, where nothing but that step's tokens is unknown."""
+        former = self.in_flight.decodes()
+        if former is None:
+            return None
+        waits = self._running.ready or self._admission.prompts or self._admission.preempted
+        at_least = self._limits.max_batch_size if waits else 1  # a free place is for who waits
+        batch = self._running.go_on(former, self.in_flight.doomed, at_least)
+        return None if batch is None else self.in_flight.give_out(batch, batch.num_rows)
+
     def _add_chunks(
         self, sequences: list[Sequence], starts: list[int], counts: list[int], now_s: float
     ) -> None:
@@ -339,17 +353,12 @@ class DecodeScheduler:
             tpot_ms=self._limits.tpot_ms,
             step_time=self._step_time,
         )
-        for sequence in self._prompts(now_s):
-            wanted = sequence.num_uncomputed
-            count = budget.cut(wanted, sequence.num_computed)
-            if count:
-                if sequence.first_scheduled_s is None:
-                    sequence.first_scheduled_s = now_s
-                sequences.append(sequence)
-                starts.append(sequence.num_computed)
-                counts.append(count)
-            if count < wanted or budget.used_up:
-                break
+        for sequence, count in chunks_of(self._prompts(now_s), budget):
+            if sequence.first_scheduled_s is None:
+                sequence.first_scheduled_s = now_s
+            sequences.append(sequence)
+            starts.append(sequence.num_computed)
+            counts.append(count)
 
     def _prompts(self, now_s: float) -> Iterator[Sequence]:
         """Sequences to compute, in order. One that comes in does so when it is asked for."""
@@ -362,35 +371,27 @@ class DecodeScheduler:
             running.enter(waiter.sequence)
             yield waiter.sequence
 
-    def _advance_chunks(
-        self, batch: Batch, token_ids: list[int], progress: Progress
-    ) -> list[Ending]:
-        endings = []
-        for row in self._running.advance_chunks(batch, self._num_decode_rows, self._doomed):
-            sequence, token_id = batch.sequences[row], token_ids[row]
-            sequence.append(token_id)
-            progress.sequences.append(sequence)
-            progress.token_ids.append(token_id)
-            progress.rows.append(row)
-            endings.append((sequence, token_id))
-        return endings
-
     def _end_if_due(self, sequence: Sequence, token_id: int, progress: Progress) -> None:
         limits = self._limits
         reason = sequence.finish_reason(
             token_id, eos_token_ids=limits.eos_token_ids, max_model_len=limits.max_model_len
         )
-        if reason is not None:
+        if reason is None:
+            return
+        progress.finished.append((sequence, reason))
+        if self.in_flight.computes(sequence):
+            self._doom(self._waiters[sequence.id])
+        else:
             self._running.leave(sequence)
             del self._waiters[sequence.id]
-            progress.finished.append((sequence, reason))
 
-    def _end_doomed(self, batch: Batch, progress: Progress) -> None:
-        """What was aborted during the step, or by its failure, leaves now; its token is
-        nobody's, and what the step computed of it is not kept."""
-        for sequence, start in zip(batch.sequences, batch.starts, strict=True):
-            if sequence.id in self._doomed:
-                del self._waiters[sequence.id]
-                self._running.leave(sequence, start)
-        progress.drop(self._doomed)
-        self._doomed.clear()
+    def _doom(self, waiter: Waiter) -> None:
+        waiter.doomed = True
+        self.in_flight.doom(waiter.sequence)
+
+    def _end_doomed(self) -> None:
+        """What ended before its last step came back leaves with that; what was computed of it
+        meanwhile is not kept."""
+        for sequence, num_complete in self.in_flight.leaving():
+            del self._waiters[sequence.id]
+            self._running.leave(sequence, num_complete)

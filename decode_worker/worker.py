@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 
 from ..engine.batch import Batch, Progress, StepOutput
-from ..engine.compute import ComputeThread, StepFailed
+from ..engine.compute import ComputeThread, Step, StepFailed
 from ..engine.load import SchedulerLoad
 from ..engine.report import Failed, FailureCode, Finished, Report
 from ..engine.request import FinishReason, Request, TransferAddress
@@ -34,7 +34,12 @@ class Timings:
 
 
 class DecodeWorker:
-    """next batch, run, advance; sequences join as their KV arrives."""
+    """next batch, run, advance; sequences join as their KV arrives.
+
+    Where the scheduler can say what follows a step before its tokens are known, that step runs
+    while the loop takes and sends the earlier one's. Whoever comes in takes it back, unless it has
+    begun.
+    """
 
     def __init__(
         self,
@@ -59,6 +64,7 @@ class DecodeWorker:
         self._live: dict[str, Timings] = {}  # by sequence id
         self._news = Report()  # what happened between steps
         self._wake = asyncio.Event()
+        self._following: Step | None = None  # behind the step in flight
         self.steps = StepClock()
 
     def submit(self, request: Request) -> None:
@@ -67,6 +73,7 @@ class DecodeWorker:
             self._fail(request.id, FailureCode.INVALID, TOO_LONG)
             return
         self._live[request.id] = Timings()
+        self._take_back()
         self.scheduler.add(Sequence(request), self.clock())
         self._wake.set()
 
@@ -120,18 +127,17 @@ class DecodeWorker:
         """Step for ever; yields each step's news. Cancel it to stop."""
         while True:
             self._wake.clear()
-            self.steps.begin()
-            self.inbox.fetch()
-            batch = self.scheduler.next_batch(self.clock())
-            if batch is not None:
-                await self._step(batch)
+            step = self._following or self._start()
+            self._following = self._start() if step is not None else None
+            if step is not None:
+                await self._finish(step)
             if self._news:
                 report, self._news = self._news, Report()
                 yield report
-            elif batch is None:
+            elif step is None:
                 await self._wake.wait()
-            if batch is not None:
-                self.steps.end(batch)  # whoever reads the reports has sent this one
+            if step is not None:
+                self.steps.end(step.batch)  # whoever reads the reports has sent this one
 
     async def follow_transfers(self) -> None:
         """Answer asks and take what arrives. Runs beside `run`, for ever."""
@@ -144,16 +150,33 @@ class DecodeWorker:
                 self.inbox.released(event)
             self._take_arrivals()
 
-    async def _step(self, batch: Batch) -> None:
+    def _start(self) -> Step | None:
+        """The next step, or the one that follows the step in flight, if there is one."""
+        self.steps.begin()
+        self.inbox.fetch()
+        batch = self.scheduler.next_batch(self.clock())
+        if batch is None:
+            return None
+        self.steps.scheduled()
+        return self.compute.start(batch)
+
+    def _take_back(self) -> None:
+        """Somebody comes in, and need not wait for a step that has not begun."""
+        step, in_flight = self._following, self.scheduler.in_flight
+        if step is not None and in_flight.leaves_place and self.compute.recall(step):
+            self._following = None
+            in_flight.take_back()
+            self.steps.recalled()
+
+    async def _finish(self, step: Step) -> None:
         try:
-            self.steps.scheduled()
-            output, seconds = await self.compute.run(batch)
+            output, seconds = await self.compute.finish(step)
         except StepFailed as error:
-            self._give_up(batch, str(error))
+            self._give_up(step.batch, str(error))
             return
         self.steps.ran(output.times)
-        self.scheduler.observe(batch, seconds)
-        self._publish(self.scheduler.advance(batch, output, self.clock()), output)
+        self.scheduler.observe(step.batch, seconds)
+        self._publish(self.scheduler.advance(step.batch, output, self.clock()), output)
 
     def _publish(self, progress: Progress, output: StepOutput) -> None:
         news = self._news
@@ -189,6 +212,8 @@ class DecodeWorker:
 
     def _take_arrivals(self) -> None:
         arrivals, self.inbox.news = self.inbox.news, Arrivals()
+        if arrivals.ready:
+            self._take_back()
         for sequence, seconds in arrivals.ready:
             self._live[sequence.id].transfer_s = seconds
         for sequence, reason in arrivals.lost:
@@ -197,12 +222,12 @@ class DecodeWorker:
         self._wake.set()
 
     def _give_up(self, batch: Batch, reason: str) -> None:
-        """The step broke: its rows end, the worker lives."""
+        """The step broke: its rows that are left end, the worker lives."""
         for sequence in batch.sequences:
-            self._live.pop(sequence.id, None)
-            self.scheduler.abort(sequence.id)
-            self._fail(sequence.id, FailureCode.INTERNAL, reason)
-        nothing = StepOutput(token_ids=[-1] * batch.num_rows)
+            if self._live.pop(sequence.id, None) is not None:
+                self.scheduler.abort(sequence.id)
+                self._fail(sequence.id, FailureCode.INTERNAL, reason)
+        nothing = StepOutput(token_ids=[0] * batch.num_rows)  # nobody's
         self.scheduler.advance(batch, nothing, self.clock())
 
     def _fail(self, request_id: str, code: FailureCode, reason: str) -> None:

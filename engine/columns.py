@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .batch import Batch
+from .batch import Batch, StepOutput
 
 _HEADER = struct.Struct("<4I")  # rows, tokens, width of the block tables, wanted
 
@@ -74,15 +74,14 @@ class Columns:
         )
 
 
-def columns_of(batch: Batch, sampling: list[int], block_size: int) -> Columns:
-    """A batch's columns; `sampling` are the rows whose last position's logits are wanted."""
-    token_ids: list[int] = []
-    for sequence, start, count in zip(batch.sequences, batch.starts, batch.counts, strict=True):
-        assert sequence.tokens is not None, "a simulated sequence has no tokens to compute"
-        if count == 1:
-            token_ids.append(sequence.tokens[start])
-        else:
-            token_ids += sequence.tokens[start : start + count]
+def columns_of(
+    batch: Batch, sampling: list[int], block_size: int, former: StepOutput | None = None
+) -> Columns:
+    """A batch's columns; `sampling` are the rows whose last position's logits are wanted.
+
+    `former` is what the step before returned, if the batch follows it.
+    """
+    token_ids = _known_tokens(batch) if former is None else batch.tokens_of(former)
     counts = np.array(batch.counts, dtype=np.int64)
     prompts = [sequence.num_prompt_tokens for sequence in batch.sequences]
     return Columns(
@@ -93,6 +92,18 @@ def columns_of(batch: Batch, sampling: list[int], block_size: int) -> Columns:
         tables=_tables(batch, block_size),
         wanted=(np.cumsum(counts) - 1)[sampling],
     )
+
+
+def _known_tokens(batch: Batch) -> list[int]:
+    assert batch.follows is None, "its tokens are what the step before returned"
+    token_ids: list[int] = []
+    for sequence, start, count in zip(batch.sequences, batch.starts, batch.counts, strict=True):
+        assert sequence.tokens is not None, "a simulated sequence has no tokens to compute"
+        if count == 1:
+            token_ids.append(sequence.tokens[start])
+        else:
+            token_ids += sequence.tokens[start : start + count]
+    return token_ids
 
 
 def _tables(batch: Batch, block_size: int) -> np.ndarray:  # int32 [rows, width]

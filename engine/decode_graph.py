@@ -2,7 +2,7 @@
 
 A step replays the graph of the smallest bucket that holds its rows; the rest of the bucket is
 padding, which sees nothing and writes nothing. The host uploads what changed, launches the graph
-and the draw, and reads the chosen tokens.
+and the draw, and reads the chosen tokens, before or after it has launched the step that follows.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 from .batch import Batch, StepOutput
 from .cache import KVCache
 from .decode_slots import DecodeSlots, DrawOf
-from .device_batch import BROKEN, DeviceBatch
+from .device_batch import BROKEN, Answer, DeviceBatch
 from .model import Model
 from .request import TokenLogprobs
 from .sampler import BrokenLogits
@@ -44,6 +44,36 @@ def buckets_up_to(max_rows: int) -> tuple[int, ...]:
             step *= 2
         size += step
     return tuple(sorted(size for size in sizes if size <= max_rows))
+
+
+class GraphStep:
+    """A step that was launched (`batch.Underway`)."""
+
+    def __init__(
+        self,
+        graphs: DecodeGraphs,
+        batch: Batch,
+        slots: np.ndarray,
+        edited: np.ndarray,
+        answer: Answer,
+    ) -> None:
+        self._graphs, self._batch, self._answer = graphs, batch, answer
+        self._slots = slots  # int64 [rows]
+        self._edited = edited  # rows int64 whose token the sampler chooses
+
+    @torch.inference_mode()
+    def output(self) -> StepOutput:
+        """The chosen tokens, once they are there. Raises BrokenLogits as the sampler does."""
+        batch, slots = self._batch, self._slots
+        token_ids = self._answer.wait()[slots].tolist()
+        logprobs = None
+        if len(self._edited):
+            logprobs = self._graphs.choose(batch, slots, self._edited, token_ids)
+        if BROKEN in token_ids:
+            broken = [row for row, token_id in enumerate(token_ids) if token_id == BROKEN]
+            sequences = [batch.sequences[row] for row in broken]
+            raise BrokenLogits(sequences, [batch.starts[row] + 1 for row in broken])
+        return StepOutput(token_ids=token_ids, logprobs=logprobs)
 
 
 class DecodeGraphs:
@@ -83,8 +113,7 @@ class DecodeGraphs:
         """Whether every row of the batch decodes, and there is a row for each."""
         if batch.num_rows > self.buckets[-1] or max(batch.counts) > 1:
             return False
-        pairs = zip(batch.sequences, batch.starts, strict=True)
-        return all(sequence.num_tokens == start + 1 for sequence, start in pairs)
+        return all(batch.samples(row) for row in range(batch.num_rows))
 
     @torch.inference_mode()
     def capture(self, progress: Progress) -> None:
@@ -109,8 +138,12 @@ class DecodeGraphs:
         self._batch.clear()
 
     @torch.inference_mode()
-    def run(self, batch: Batch) -> StepOutput:
-        """Compute and sample. Raises BrokenLogits as the sampler does."""
+    def begin(self, batch: Batch) -> GraphStep:
+        """Launch the step behind those that were launched before, and wait for nothing.
+
+        A batch that follows another comes before that one's tokens are asked for; all its rows
+        are drawn by the device.
+        """
         try:
             slots, changes = self._slots.place(batch.sequences, batch.starts, self._draw_of)
             self._batch.tell(changes)
@@ -122,17 +155,13 @@ class DecodeGraphs:
         self._replay(self._bucket(rows))
         if self._slots.any_drawn:
             self._batch.draw(rows)
-        self._batch.advance(rows)
+        answer = self._batch.advance(rows)
         self._slots.advanced()
         edited = self._slots.edited()
-        token_ids = self._batch.answer()[slots].tolist()
-        logprobs = self._choose(batch, slots, edited, token_ids) if len(edited) else None
-        if BROKEN in token_ids:
-            pairs = zip(batch.sequences, token_ids, strict=True)
-            raise BrokenLogits([s for s, token_id in pairs if token_id == BROKEN])
-        return StepOutput(token_ids=token_ids, logprobs=logprobs)
+        assert batch.follows is None or not len(edited), "the sampler needs the tokens before"
+        return GraphStep(self, batch, slots, edited, answer)
 
-    def _choose(
+    def choose(
         self, batch: Batch, slots: np.ndarray, rows: np.ndarray, token_ids: list[int]
     ) -> list[TokenLogprobs | None] | None:
         """Let the sampler choose for `rows`, in place of the device; what it says of all rows."""
@@ -140,7 +169,8 @@ class DecodeGraphs:
         logits = self._batch.logits
         logits = logits.index_select(0, upload(slots[rows], logits.device))
         sequences = [batch.sequences[row] for row in rows.tolist()]
-        chosen, logprobs = self._sampler.sample(logits, sequences)
+        positions = [batch.starts[row] + 1 for row in rows.tolist()]
+        chosen, logprobs = self._sampler.sample(logits, sequences, positions)
         for row, token_id in zip(rows.tolist(), chosen, strict=True):
             token_ids[row] = token_id
         if logprobs is None:

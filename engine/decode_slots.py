@@ -2,8 +2,9 @@
 
 The device keeps every row's next token, its position, its block table and how it is drawn, and
 moves token and position on by itself. Here stands what it holds, so that a step uploads what it
-cannot know: rows that came, moved or were computed elsewhere meanwhile, and new blocks. Rows in
-use are always the first ones: whoever leaves, the last one takes its place. Knows no torch.
+cannot know: rows that came or were computed elsewhere meanwhile, and new blocks. Rows in use are
+always the first ones: whoever leaves, one of the last takes its place, as the device holds it, for
+its next token may not be known here yet. Knows no torch.
 """
 
 from __future__ import annotations
@@ -51,6 +52,7 @@ DrawOf = Callable[[Sequence], Draw | None]  # None: the row asks for more than a
 class Changes:
     """What the device must be told before a step."""
 
+    moves: list[tuple[int, int]]  # slots from which and to which rows move, before all else
     slots: list[int]
     rows: list[tuple[int, ...]]  # one for each of `slots`
     places: np.ndarray  # int64: in the flattened block tables
@@ -100,9 +102,9 @@ class DecodeSlots:
     ) -> tuple[np.ndarray, Changes]:
         """Slots int64 [rows] of a step's rows, row i computing position `starts[i]`, and what
         changed since the step before. The device must be told all of it before the step."""
-        vacated = range(0)
+        vacated, moves = range(0), list[tuple[int, int]]()
         if sequences != self._order:
-            vacated = self._seat(sequences)
+            vacated, moves = self._seat(sequences)
         slots, positions = self._slots, np.array(starts, np.int64)
         changed = list(vacated)
         rows: list[tuple[int, ...]] = [_IDLE] * len(changed)
@@ -111,7 +113,7 @@ class DecodeSlots:
             rows.append(self._row(sequences[row], starts[row], changed[-1], draw_of))
         self._positions[slots] = positions
         places, blocks = self._new_blocks(sequences)
-        return slots, Changes(slots=changed, rows=rows, places=places, blocks=blocks)
+        return slots, Changes(moves=moves, slots=changed, rows=rows, places=places, blocks=blocks)
 
     def advanced(self) -> None:
         """The device has drawn the step's tokens and moved its rows on."""
@@ -125,22 +127,32 @@ class DecodeSlots:
         """The device holds padding alone."""
         self._seat([])
 
-    def _seat(self, sequences: list[Sequence]) -> range:
-        """Give each sequence one of the first slots; returns those that fell empty."""
+    def _seat(self, sequences: list[Sequence]) -> tuple[range, list[tuple[int, int]]]:
+        """Give each sequence one of the first slots; returns those that fell empty, and who moved
+        from where to where."""
         count, old = len(sequences), self._here
         assert count <= self.max_rows, "the scheduler keeps to max_batch_size"
         coming, seated = set(sequences), set(old)
         free = [slot for slot in range(count) if slot >= len(old) or old[slot] not in coming]
-        moved = [sequence for sequence in old[count:] if sequence in coming]
-        moved += [sequence for sequence in sequences if sequence not in seated]
+        leaving = [slot for slot in range(count, len(old)) if old[slot] in coming]
+        moves, free = list(zip(leaving, free, strict=False)), free[len(leaving) :]
+        new = [sequence for sequence in sequences if sequence not in seated]
         self._here = old[:count] + [sequences[0]] * (count - len(old)) if count else []
-        for slot, sequence in zip(free, moved, strict=True):
+        for origin, target in moves:
+            self._here[target] = old[origin]
+            self._move(origin, target)
+        for slot, sequence in zip(free, new, strict=True):
             self._here[slot] = sequence
         self._forget([*free, *range(count, len(old))])
         slot_of = {sequence: slot for slot, sequence in enumerate(self._here)}
         self._order = list(sequences)
         self._slots = np.array([slot_of[sequence] for sequence in sequences], np.int64)
-        return range(count, len(old))
+        return range(count, len(old)), moves
+
+    def _move(self, origin: int, target: int) -> None:
+        self._lists[target] = self._lists[origin]
+        for column in (self._positions, self._num_blocks, self._is_drawn, self._is_edited):
+            column[target] = column[origin]
 
     def _forget(self, slots: list[int]) -> None:
         self._positions[slots], self._num_blocks[slots] = _UNKNOWN, 0
@@ -148,6 +160,7 @@ class DecodeSlots:
 
     def _row(self, sequence: Sequence, start: int, slot: int, draw_of: DrawOf) -> tuple[int, ...]:
         assert sequence.tokens is not None, "a simulated sequence has no tokens to compute"
+        assert start < len(sequence.tokens), "the token is known, here or on the device"
         draw = draw_of(sequence)
         self._is_edited[slot] = draw is None
         draw = draw or GREEDY
@@ -167,7 +180,7 @@ class DecodeSlots:
             slot, known, count = int(slots[row]), int(self._num_blocks[slots[row]]), counts[row]
             assert count <= self._width, "a sequence keeps to max_model_len"
             places.append(slot * self._width + np.arange(known, count))
-            blocks += lists[row][known:]
+            blocks += lists[row][known:count]  # it may grow for the next step meanwhile
         self._num_blocks[slots] = counts
         merged = np.concatenate(places) if places else np.empty(0, np.int64)
         return merged, np.array(blocks, np.int64)

@@ -1,8 +1,8 @@
 """A decoding batch that lives on the device: what `decode_slots.DecodeSlots` keeps books of.
 
 All buffers are made once, so that a CUDA graph may hold them, and the host reads one thing of a
-step: the chosen tokens. One step at a time: its tokens are read before the next one's changes are
-told, so one pinned buffer each way is enough.
+step: the chosen tokens. Two steps may be launched: a step's tokens are read before the changes of
+the second one after it are told, so two pinned buffers each way, in turn, are enough.
 """
 
 from __future__ import annotations
@@ -15,8 +15,31 @@ from ..kernels.cuda import decode_rows, sampling
 from ..kernels.cuda.decode_rows import NUM_FIELDS, Field
 from ..kernels.cuda.operators import CudaPlan, Singles
 from .decode_slots import Changes
+from .upload import upload
 
+_IN_TURN = 2  # steps that may be launched and not read
 BROKEN = -1  # instead of a token: the row's logits had no finite maximum
+
+
+class Answer:
+    """A step's chosen tokens on their way to the host."""
+
+    def __init__(self, rows: Tensor) -> None:
+        self._rows = rows  # int64 [max_rows], pinned where there is a GPU
+        self._ready = torch.cuda.Event() if rows.is_pinned() else None
+
+    def take(self, reported: Tensor) -> None:
+        """Copy the tokens [rows], behind the work that makes them."""
+        self._rows[: len(reported)].copy_(reported, non_blocking=True)
+        if self._ready is not None:
+            self._ready.record(torch.cuda.current_stream(reported.device))
+
+    def wait(self) -> np.ndarray:
+        """The chosen tokens int64 [max_rows], or `BROKEN`: the one wait of a step. Good until
+        the second step after this one is launched."""
+        if self._ready is not None:
+            self._ready.synchronize()
+        return self._rows.numpy()
 
 
 class DeviceBatch:
@@ -40,8 +63,9 @@ class DeviceBatch:
         self.logits = column(torch.float32, vocab_size)
         self._token_ids, self._reported = column(torch.int64), column(torch.int64)
         self._maxima = column(torch.float32)
-        self._told = self._pinned(NUM_FIELDS * max_rows)
-        self._answer = self._pinned(max_rows)
+        self._told = [self._pinned(NUM_FIELDS * max_rows) for _ in range(_IN_TURN)]
+        self._answers = [Answer(self._pinned(max_rows)) for _ in range(_IN_TURN)]
+        self._turn = 0
         self.clear()
 
     def clear(self) -> None:
@@ -50,19 +74,27 @@ class DeviceBatch:
 
     def tell(self, changes: Changes) -> None:
         """Bring the rows up to date, without waiting."""
+        if changes.moves:
+            self._move(changes.moves)
         words = changes.num_words
         if words == 0:
             return
-        if words > len(self._told):
-            self._told = self._pinned(2 * words)
-        changes.pack(self._told.numpy())
+        if words > len(self._told[self._turn]):
+            self._told[self._turn] = self._pinned(2 * words)
+        told = self._told[self._turn][:words]
+        changes.pack(told.numpy())
         decode_rows.apply_changes(
             self._columns,
             self._tables,
-            self._told[:words].to(self._columns.device, non_blocking=True),
+            told.to(self._columns.device, non_blocking=True),
             num_rows=len(changes.slots),
             num_entries=len(changes.places),
         )
+
+    def _move(self, moves: list[tuple[int, int]]) -> None:
+        origins, targets = upload(np.array(moves, np.int64).T.copy(), self._columns.device)
+        self._columns.index_copy_(1, targets, self._columns.index_select(1, origins))
+        self._tables.index_copy_(0, targets, self._tables.index_select(0, origins))
 
     def locate(self, rows: int) -> tuple[Tensor, Tensor, CudaPlan]:
         """Tokens and positions int64 [rows] that a step over the first rows computes (0 where
@@ -101,19 +133,15 @@ class DeviceBatch:
             token_ids=self._token_ids[:rows],
         )
 
-    def advance(self, rows: int) -> None:
+    def advance(self, rows: int) -> Answer:
         """The chosen tokens are the rows' next ones, and on their way to the host."""
         decode_rows.advance(
             self._columns, self._reported, self._token_ids[:rows], self._maxima[:rows]
         )
-        self._answer[:rows].copy_(self._reported[:rows], non_blocking=True)
-
-    def answer(self) -> np.ndarray:
-        """The chosen tokens int64 [max_rows], or `BROKEN`. Waits for the device: the one wait of a
-        step. Good until the next step."""
-        if self._columns.device.type == "cuda":
-            torch.cuda.current_stream(self._columns.device).synchronize()
-        return self._answer.numpy()
+        answer = self._answers[self._turn]
+        answer.take(self._reported[:rows])
+        self._turn = (self._turn + 1) % _IN_TURN
+        return answer
 
     def _pinned(self, words: int) -> Tensor:
         pinned = self.logits.device.type == "cuda"

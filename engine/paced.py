@@ -17,7 +17,7 @@ from weakref import WeakKeyDictionary
 import numpy as np
 from numpy.typing import NDArray
 
-from .batch import Batch, StepOutput
+from .batch import Batch, StepOutput, Underway
 from .layout import KVLayout
 from .request import TokenLogprobs
 from .sequence import Sequence
@@ -88,10 +88,20 @@ class PacedRunner:
 
     def run(self, batch: Batch, layer_done: Callable[[int], None] | None = None) -> StepOutput:
         """The batch's tokens after its time; `layer_done` in equal parts of it."""
+        return self.begin(batch, layer_done)
+
+    def begin(
+        self,
+        batch: Batch,
+        layer_done: Callable[[int], None] | None = None,
+        former: StepOutput | Underway | None = None,
+    ) -> StepOutput:
+        """As `run`; `former` is what the step before returned, if the batch follows it."""
+        assert former is None or isinstance(former, StepOutput), "a paced step ends as it returns"
         now_s = self._clock()
         began_s = self._ended_s if 0 <= now_s - self._ended_s < SLACK_S else now_s
         seconds = self._step_time.batch_s(features_of(batch))
-        output = self._compute(batch)
+        output = self._compute(batch, former)
         if layer_done is not None:
             for layer in range(self.layout.num_layers):
                 self._wait(began_s + seconds * (layer + 1) / self.layout.num_layers)
@@ -111,7 +121,7 @@ class PacedRunner:
         if left_s > 0:
             self._sleep(left_s)
 
-    def _compute(self, batch: Batch) -> StepOutput:
+    def _compute(self, batch: Batch, former: StepOutput | None) -> StepOutput:
         """Write the batch's sums into its blocks and draw tokens where rows end."""
         sums = np.zeros(batch.num_rows, np.uint64)  # at each row's last position
         single = []
@@ -126,17 +136,20 @@ class PacedRunner:
             else:
                 sums[row] = self._chunk(sequence, start, count)
         if single:
-            sums[single] = self._rows(
-                [batch.sequences[row] for row in single], [batch.starts[row] for row in single]
-            )
+            sequences = [batch.sequences[row] for row in single]
+            starts = [batch.starts[row] for row in single]
+            if former is None:
+                tokens = [_tokens_of(s)[i] for s, i in zip(sequences, starts, strict=True)]
+            else:
+                tokens = batch.tokens_of(former)
+            sums[single] = self._rows(sequences, starts, tokens)
         drawn = self._tokens(sums).tolist()
-        tokens = [token if batch.samples(row) else -1 for row, token in enumerate(drawn)]
-        return StepOutput(token_ids=tokens, logprobs=_logprobs(batch, tokens))
+        chosen = [token if batch.samples(row) else -1 for row, token in enumerate(drawn)]
+        return StepOutput(token_ids=chosen, logprobs=_logprobs(batch, chosen))
 
-    def _rows(self, sequences: list[Sequence], starts: list[int]) -> Words:
+    def _rows(self, sequences: list[Sequence], starts: list[int], tokens: list[int]) -> Words:
         """One position a row, all rows at once; their sums."""
         positions = np.array(starts)
-        tokens = [_tokens_of(s)[i] for s, i in zip(sequences, starts, strict=True)]
         terms = (np.array(tokens, np.uint64) + np.uint64(1)) * self._powers[positions]
         size = self.layout.block_size
         before = [s.blocks[(i - 1) // size] for s, i in zip(sequences, starts, strict=True)]

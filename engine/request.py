@@ -43,6 +43,19 @@ class SamplingParams:
     ignore_eos: bool = False
     logprobs: int | None = None  # None: none; k: the sampled token's and the k most likely
 
+    @property
+    def is_plain_draw(self) -> bool:
+        """Whether a token hangs on its own logits alone, and nothing is asked for beside it:
+        then a device goes on by itself, and nobody needs the token before to prepare the step."""
+        return (
+            self.logprobs is None
+            and not self.min_tokens
+            and not self.logit_bias
+            and self.repetition_penalty == 1
+            and not self.presence_penalty
+            and not self.frequency_penalty
+        )
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class WorkerId:

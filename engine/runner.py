@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor
 
-from .batch import Batch, StepOutput, StepTimes
+from .batch import Batch, StepOutput, StepTimes, Underway
 from .cache import AllocateBuffer, KVCache
 from .columns import Columns, columns_of
 from .layout import KVLayout
@@ -38,7 +38,7 @@ class TokenSampler(Protocol):
     """What the runner asks of `sampler.Sampler`."""
 
     def sample(
-        self, logits: Tensor, sequences: list[Sequence]
+        self, logits: Tensor, sequences: list[Sequence], positions: list[int], /
     ) -> tuple[list[int], list[TokenLogprobs | None] | None]: ...
 
 
@@ -81,11 +81,27 @@ class Runner:
         `layer_done(layer)` is called when a layer's KV of this batch is in rank 0's pool. Raises
         RankLost when a follower is: this runner and its followers are done for then.
         """
+        begun = self.begin(batch, layer_done)
+        return begun if isinstance(begun, StepOutput) else begun.output()
+
+    @torch.inference_mode()
+    def begin(
+        self,
+        batch: Batch,
+        layer_done: Callable[[int], None] | None = None,
+        former: StepOutput | Underway | None = None,
+    ) -> StepOutput | Underway:
+        """As `run`, but where the device does the step by itself, it is only launched.
+
+        `former` is what the step before returned here, if the batch follows it: its tokens, or
+        that they stand on the device.
+        """
         if self._graphs is not None and layer_done is None and self._graphs.takes(batch):
-            return self._graphs.run(batch)
+            return self._graphs.begin(batch)
+        assert former is None or isinstance(former, StepOutput), "it went the same way"
         begun_s = time.perf_counter()
         sampling = [row for row in range(batch.num_rows) if batch.samples(row)]
-        columns = columns_of(batch, sampling, self.layout.block_size)
+        columns = columns_of(batch, sampling, self.layout.block_size, former)
         prepared_s = time.perf_counter()
         logits = self._logits(columns, layer_done)
         computed_s = time.perf_counter()
@@ -115,7 +131,9 @@ class Runner:
         if not sampling:
             return tokens, None
         assert logits is not None, "logits that are wanted come to the leader"
-        chosen, logprobs = self._sampler.sample(logits, [batch.sequences[row] for row in sampling])
+        sequences = [batch.sequences[row] for row in sampling]
+        positions = [batch.starts[row] + batch.counts[row] for row in sampling]
+        chosen, logprobs = self._sampler.sample(logits, sequences, positions)
         for row, token in zip(sampling, chosen, strict=True):
             tokens[row] = token
         if logprobs is None:

@@ -45,8 +45,9 @@ _BROKEN = -1
 class BrokenLogits(PhasewiseError):
     """The model gave a row from which nothing can be chosen: NaN, +inf, or -inf throughout."""
 
-    def __init__(self, sequences: list[Sequence]) -> None:
-        places = ", ".join(f"{s.id} at position {s.num_tokens}" for s in sequences)
+    def __init__(self, sequences: list[Sequence], positions: list[int]) -> None:
+        pairs = zip(sequences, positions, strict=True)
+        places = ", ".join(f"{s.id} at position {position}" for s, position in pairs)
         super().__init__(
             f"logits: NaN, +inf or nothing but -inf ({places}); the checkpoint is damaged or its "
             "dtype overflows: verify the files and try float32"
@@ -76,6 +77,8 @@ class _Row:
     sequence: Sequence
     plan: _Plan
 
+    position: int  # of the token to choose
+
     @property
     def sampling(self) -> SamplingParams:
         return self.sequence.request.sampling
@@ -101,27 +104,31 @@ class Sampler:
 
     @torch.inference_mode()
     def sample(
-        self, logits: Tensor, sequences: list[Sequence]
+        self, logits: Tensor, sequences: list[Sequence], positions: list[int] | None = None
     ) -> tuple[list[int], list[TokenLogprobs | None] | None]:
         """Next token of each sequence, and log-probabilities where a row asked for them.
 
         `logits` [rows, vocab] float32 is overwritten; row i belongs to `sequences[i]`, whose next
-        token stands at position `num_tokens`. The second result is None when no row asked.
+        token stands at `positions[i]`, behind its last known one by default. The second result
+        is None when no row asked.
         Raises BrokenLogits, naming the sequences, when a row has no finite maximum. That is found
         from the value at the argmax, which comes with the ids and costs no wait of its own.
         """
         assert logits.shape == (len(sequences), self._vocab_size), "one row of logits a sequence"
         if not sequences:
             return [], None
-        busy = self._busy_rows(sequences)
+        if positions is None:
+            positions = [sequence.num_tokens for sequence in sequences]
+        busy = self._busy_rows(sequences, positions)
         likelihoods = _likelihoods(logits, busy)
         _edit(logits, busy)
         if not busy and logits.device.type == "cpu":
-            return _whole(_likeliest(logits.numpy()), sequences), None
+            return _whole(_likeliest(logits.numpy()), sequences, positions), None
         chosen = logits.argmax(dim=1)
         maxima = logits.gather(1, chosen[:, None])[:, 0]
         self._draw(logits, maxima, busy, chosen)
-        token_ids = _whole(chosen.masked_fill_(~maxima.isfinite(), _BROKEN).tolist(), sequences)
+        chosen.masked_fill_(~maxima.isfinite(), _BROKEN)
+        token_ids = _whole(chosen.tolist(), sequences, positions)
         if likelihoods is None:
             return token_ids, None
         return token_ids, _logprobs(likelihoods, chosen)
@@ -143,12 +150,13 @@ class Sampler:
             seed=sampling.seed,
         )
 
-    def _busy_rows(self, sequences: list[Sequence]) -> list[_Row]:
+    def _busy_rows(self, sequences: list[Sequence], positions: list[int]) -> list[_Row]:
         rows = []
         for index, sequence in enumerate(sequences):
             plan = self._plans.get(sequence) or self._plan_of(sequence)
             if not plan.plain:
-                rows.append(_Row(index=index, sequence=sequence, plan=plan))
+                position = positions[index]
+                rows.append(_Row(index=index, sequence=sequence, plan=plan, position=position))
         return rows
 
     def _plan_of(self, sequence: Sequence) -> _Plan:
@@ -223,7 +231,7 @@ class Sampler:
                 column(lambda r: r.sampling.top_k, np.int64),
                 column(lambda r: r.sampling.top_p, np.float64),
                 column(lambda r: signed64(r.sampling.seed), np.int64),
-                column(lambda r: r.sequence.num_tokens, np.int64),
+                column(lambda r: r.position, np.int64),
             )
         keys = form.keys(logits, maxima, column(lambda r: r.sampling.temperature, np.float32))
         floors = column(lambda r: r.plan.min_p_floor, np.int64)
@@ -232,9 +240,7 @@ class Sampler:
             keys = form.top_k(keys, column(lambda r: r.sampling.top_k, np.int64), largest)
         if top_p:
             floors = form.top_p_floor(keys, floors, column(lambda r: r.sampling.top_p, np.float64))
-        drawn = uniforms(
-            [row.sampling.seed for row in rows], [row.sequence.num_tokens for row in rows]
-        )
+        drawn = uniforms([row.sampling.seed for row in rows], [row.position for row in rows])
         return form.draw(keys, floors, upload(drawn, logits.device))
 
 
@@ -247,11 +253,11 @@ def _likeliest(logits: np.ndarray) -> list[int]:
     return chosen.tolist()
 
 
-def _whole(token_ids: list[int], sequences: list[Sequence]) -> list[int]:
+def _whole(token_ids: list[int], sequences: list[Sequence], positions: list[int]) -> list[int]:
     """The ids, none of which is _BROKEN. Raises BrokenLogits."""
     if _BROKEN in token_ids:
-        pairs = zip(sequences, token_ids, strict=True)
-        raise BrokenLogits([s for s, token_id in pairs if token_id == _BROKEN])
+        broken = [row for row, token_id in enumerate(token_ids) if token_id == _BROKEN]
+        raise BrokenLogits([sequences[row] for row in broken], [positions[row] for row in broken])
     return token_ids
 
 

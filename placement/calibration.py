@@ -4,7 +4,7 @@
 {"format": "phasewise-calibration/1", "origin": "measured 2026-11-21 on two shared cores",
  "admit_ms": 1.1, "report_ms": 0.6, "handoff_ms": 1.4, "step_ms": 0.2, "row_ms": 0.02,
  "prompt_ms": 1.5, "detect_ms": 0, "prompt_share": 0.1, "cores": 2, "serve_ms": 0.5,
- "serve_row_ms": 0.1, "transfer_bytes_per_s": 2.1e9, "transfer_latency_ms": 0.3}
+ "serve_row_ms": 0.1, "warm_ms": 0.8, "transfer_bytes_per_s": 2.1e9, "transfer_latency_ms": 0.3}
 ```
 All but `format` may be left out: 0, and transfers for free. `deployment.Overheads` says what each
 is; `calibration_fit` finds them.
@@ -23,7 +23,10 @@ from .network import Network
 from .transfer import Link
 
 FORMAT = "phasewise-calibration/1"
-TIMES = ("admit", "report", "handoff", "step", "row", "prompt", "detect", "serve", "serve_row")
+TIMES = (
+    *("admit", "report", "handoff", "step", "row", "prompt", "detect"),
+    *("serve", "serve_row", "warm"),
+)
 OVERHEADS = tuple(f"{name}_ms" for name in TIMES)
 PLAIN = ("prompt_share", "cores")
 TRANSFER = ("transfer_bytes_per_s", "transfer_latency_ms")

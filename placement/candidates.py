@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from math import inf
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from math import inf, log
 
 from ..configs.plan_schema import ObjectiveConfig
 from ..engine.errors import InvalidConfig
-from .inventory import Bundle, Footprint, place
+from .inventory import Footprint
 from .problem import Problem, WorkerShape
+
+NEARLY = 1 + 1e-9  # a budget that is met exactly is met
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,13 +34,13 @@ class Pool:
 class Placement:
     """`copies` equal units; a unit's pools serve each other only. `prefill` None: colocated.
 
-    Low affinity has a unit a node, so that KV never crosses the network.
+    Low affinity has units whose KV never crosses the network (`units.py`).
     """
 
     prefill: Pool | None
     decode: Pool
     copies: int = 1
-    local: bool = False  # KV stays inside a node
+    local: bool = False  # KV stays inside a domain of fast links
     spare: int = 0  # workers of each pool beyond those that carry the rate
 
     @property
@@ -61,7 +63,12 @@ class Placement:
 
     @property
     def power_w(self) -> float:
-        return self._sum(lambda shape: shape.power_w)
+        if self.prefill is None:
+            return self._sum(lambda shape: shape.power_w)
+        return self.copies * (
+            (self.prefill.count + self.spare) * self.prefill.shape.power_w
+            + (self.decode.count + self.spare) * self.decode.shape.decode_power_w
+        )
 
     def _sum(self, of: Callable[[WorkerShape], float]) -> float:
         each = [(pool.count + self.spare) * of(pool.shape) for pool in self.pools]
@@ -75,6 +82,26 @@ class Placement:
     def key(self) -> tuple[object, ...]:
         ours = tuple((pool.shape.key, pool.count) for pool in self.pools)
         return ours, self.copies, self.local, self.spare
+
+    def part(self, most: int) -> tuple[Placement, float]:
+        """Of one unit, without spares: pools of at most so many workers together in nearly the
+        same proportion, and the share of the unit's requests that loads neither of them less."""
+        one = replace(self, copies=1, spare=0)
+        if self.prefill is None:
+            m = min(most // 3, self.decode.count)
+            return replace(one, decode=replace(self.decode, count=m)), m / self.decode.count
+        n, m = self.prefill.count, self.decode.count
+        if n + m <= most:
+            return one, 1.0
+        pairs = [
+            (i, j) for i in range(1, most) for j in range(1, most + 1 - i) if i <= n and j <= m
+        ]
+        # Beside the ratio it counts that prompts wait longer in a small pool.
+        i, j = min(pairs, key=lambda pair: abs(log(pair[0] * m / pair[1] / n)) + 0.1 / pair[0])
+        small = replace(
+            one, prefill=replace(self.prefill, count=i), decode=replace(self.decode, count=j)
+        )
+        return small, max(i / n, j / m)
 
     def __str__(self) -> str:
         pools = " + ".join(
@@ -153,70 +180,19 @@ def within_budget(placement: Placement, objective: ObjectiveConfig) -> str:
         return f"objective.max_gpus {objective.max_gpus}"
     if (
         objective.max_cost_per_hour is not None
-        and placement.cost_per_hour > objective.max_cost_per_hour
+        and placement.cost_per_hour > objective.max_cost_per_hour * NEARLY
     ):
         return f"objective.max_cost_per_hour {objective.max_cost_per_hour:g}"
-    if objective.max_power_w is not None and placement.power_w > objective.max_power_w:
+    if objective.max_power_w is not None and placement.power_w > objective.max_power_w * NEARLY:
         return f"objective.max_power_w {objective.max_power_w:g}"
     return ""
 
 
-def bundles_of(placement: Placement, problem: Problem) -> tuple[Bundle, ...] | None:
-    """Where every worker lies, or None where they do not fit; a unit of low affinity in a node."""
-    across = problem.config.search.tensor_parallel_across_nodes
-    if not placement.local:
-        return place(placement.footprints(), problem.machines, across=across)
-    return _place_units(placement, problem)
-
-
-def _place_units(placement: Placement, problem: Problem) -> tuple[Bundle, ...] | None:
-    """A node holds as many units as fit; a unit of several stages has a node a stage."""
-    machine = placement.decode.shape.machine
-    groups: Sequence[tuple[int, int]] = unit_segments(placement)
-    per_node = machine.gpus_per_node
-    bundles: list[Bundle] = []
-    node, used = 0, 0
-    for unit in range(placement.copies):
-        need = sum(group * count for group, count in groups)
-        stages = 1 if fits_one_node(placement) else placement.decode.shape.pipeline_parallel
-        size = need if stages > 1 else sum(pool_gpus(placement))
-        if used + size > per_node:
-            node, used = node + stages, 0
-        if node + stages > machine.nodes:
-            return None
-        used += size
-        for footprint in placement.footprints():
-            role, _, index = footprint.worker.partition("-")
-            count = placement.replicas(placement.pools[0 if role == "prefill" else -1])
-            if int(index) // count != unit:
-                continue
-            gpus = footprint.group * (1 if stages > 1 else footprint.stages)
-            bundles += [
-                Bundle(worker=footprint.worker, node=f"{machine.name}-{node + stage}", gpus=gpus)
-                for stage in range(stages)
-            ]
-    return tuple(sorted(bundles, key=lambda bundle: (bundle.node, bundle.worker)))
-
-
-def pool_gpus(placement: Placement) -> list[int]:
-    """GPUs of each pool of one unit."""
-    return [placement.replicas(pool) * pool.shape.gpus for pool in placement.pools]
-
-
-def unit_segments(placement: Placement) -> list[tuple[int, int]]:
-    """(GPUs of a group, groups) of one stage of one unit."""
-    return [(pool.shape.tensor_parallel, placement.replicas(pool)) for pool in placement.pools]
-
-
-def fits_one_node(placement: Placement) -> bool:
-    return sum(pool_gpus(placement)) <= placement.decode.shape.machine.gpus_per_node
-
-
-WORDS = re.compile(r"(\d*)([PD])(\d+)x(\d+)")
+WORDS = re.compile(r"(\d*)([PD])(\d+)x(\d+)(?:@(.+))?")
 
 
 def parse_compare(problem: Problem) -> Placement | None:
-    """The placement that `search.compare` names: "P4x1 D2x2"."""
+    """The placement that `search.compare` names: "P4x1 D2x2", "25P8x1@h100 26D8x1@a100"."""
     text = problem.config.search.compare
     if not text:
         return None
@@ -228,11 +204,17 @@ def parse_compare(problem: Problem) -> Placement | None:
                 "search.compare", f"{word!r} is no pool", 'write it as in "P4x1 D2x2"'
             )
         wanted = int(match[3]), int(match[4])
-        found = [s for s in problem.shapes if (s.tensor_parallel, s.pipeline_parallel) == wanted]
+        found = [
+            shape
+            for shape in problem.shapes
+            if (shape.tensor_parallel, shape.pipeline_parallel) == wanted
+            and match[5] in (None, shape.machine.name)
+        ]
         if not found:
             known = ", ".join(map(str, problem.shapes))
             raise InvalidConfig("search.compare", f"{word} is not possible", f"possible: {known}")
         pools[match[2]] = Pool(shape=found[0], count=int(match[1] or 1))
     if "D" not in pools:
         raise InvalidConfig("search.compare", "names no decode pool", 'as in "P4x1 D2x2"')
-    return Placement(prefill=pools.get("P"), decode=pools["D"])
+    low = problem.config.search.affinity == "low"
+    return Placement(prefill=pools.get("P"), decode=pools["D"], local=low and "P" in pools)

@@ -15,7 +15,8 @@ from math import inf
 import numpy as np
 
 from ..engine.step_time import StepFeatures
-from .phase_search import PhaseSearch, highest_rate
+from .phase_judge import highest_rate
+from .phase_search import PhaseSearch
 from .phase_times import RowCosts, steps_to
 from .problem import WorkerShape
 
@@ -38,9 +39,9 @@ def _search(phases: PhaseSearch, shape: WorkerShape) -> tuple[float, str]:
     missed: dict[float, str] = {}
 
     def margin(rate_rps: float) -> float:
-        in_time, steady = outcome(phases, shape, rate_rps)
-        missed[rate_rps] = "ttft" if in_time.mean() < steady.mean() else "tpot"
-        return phases.judge.margin(in_time & steady)
+        times = outcome(phases, shape, rate_rps)
+        missed[rate_rps] = phases.judge.binds(*times)
+        return phases.judge.margin(*times)
 
     rate_rps = highest_rate(margin, 0.7 * guess)
     above = [rate for rate in missed if rate > rate_rps]
@@ -54,7 +55,7 @@ def mean_rps(phases: PhaseSearch, shape: WorkerShape) -> float:
     square = float((workload.prompt_tokens.astype(float) ** 2).mean())
     output = max(1.0, float(workload.output_tokens.mean()) - 1)
     context = prompt + output / 2
-    step_s = float(phases.judge.tpot_s.max())
+    step_s = phases.judge.mean_tpot_s
     low, high = 0.0, min(search.max_batch_size, shape.kv_tokens / context) / (output * step_s)
     for _ in range(25):
         rate = (low + high) / 2
@@ -72,12 +73,11 @@ def mean_rps(phases: PhaseSearch, shape: WorkerShape) -> float:
 def outcome(
     phases: PhaseSearch, shape: WorkerShape, rate_rps: float
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Which requests meet TTFT, and which TPOT."""
+    """TTFT and TPOT of every request; of one that was late when the last had come, no end and 0."""
     arrival_s = phases.unit_arrival_s / rate_rps
-    first_s, last_s = _Mixed(phases, shape, arrival_s.tolist()).run()
-    in_time = np.array(first_s) - arrival_s <= phases.judge.ttft_s
-    tpot_s = (np.array(last_s) - np.array(first_s)) / phases.later
-    return in_time, tpot_s <= phases.judge.tpot_s
+    first_s, last_s = map(np.array, _Mixed(phases, shape, arrival_s.tolist()).run())
+    decoded_s = np.subtract(last_s, first_s, where=first_s < inf, out=np.zeros_like(first_s))
+    return first_s - arrival_s, decoded_s / phases.later
 
 
 class _Mixed:
@@ -94,7 +94,7 @@ class _Mixed:
         self.max_rows = search.max_batch_size
         self.budget = search.mixed_batch_tokens
         self.limit_s = SLACK * float(self.tpot_s.min())
-        self.first_s, self.last_s = list(arrival_s), list(arrival_s)
+        self.first_s, self.last_s = [inf] * len(arrival_s), [inf] * len(arrival_s)
         self.fresh: deque[int] = deque()
         self.late: deque[int] = deque()
         self.done = [0] * len(arrival_s)  # prompt tokens computed
@@ -103,7 +103,9 @@ class _Mixed:
 
     def run(self) -> tuple[list[float], list[float]]:
         now_s, next_one, total = 0.0, 0, len(self.arrival_s)
-        while next_one < total or self.fresh or self.late or self.ends:
+        while next_one < total or self.fresh or self.ends:
+            if next_one == total and not self.fresh:
+                self.late.clear()  # they have missed their target, and an overload's are many
             if not (self.fresh or self.late or self.ends):
                 now_s = max(now_s, self.arrival_s[next_one])
             while next_one < total and self.arrival_s[next_one] <= now_s:

@@ -24,7 +24,7 @@ def summary(plan: Plan) -> str:
     lines = [
         f"{plan.problem.model.name}: {placement}  [{placement.kind}]",
         f"  goodput    {_interval(best.judged)} req/s, {best.judged.per_gpu:.3f} a GPU "
-        f"({best.attainment:.1%} ± {best.attainment_half:.1%} met both targets in simulation)",
+        f"({_attainment(plan)})",
         f"  TTFT, TPOT p50 {best.ttft_ms[0]:.0f}, {best.tpot_ms[0]:.1f} ms · "
         f"p90 {best.ttft_ms[1]:.0f}, {best.tpot_ms[1]:.1f} ms · "
         f"p99 {best.ttft_ms[2]:.0f}, {best.tpot_ms[2]:.1f} ms",
@@ -55,6 +55,14 @@ def explain(plan: Plan, flow: Provision | None, changes: Sequence[Sensitivity]) 
     return "\n\n".join(
         f"{title}\n" + "\n".join(f"  {line}" for line in lines) for title, lines in parts
     )
+
+
+def _attainment(plan: Plan) -> str:
+    best = plan.best
+    share = f"{best.attainment:.1%} ± {best.attainment_half:.1%}"
+    if plan.problem.slowdown is None:
+        return f"{share} met both targets in simulation"
+    return f"all slowdowns hold in simulation, nearest {best.tightest}, kept by {share}"
 
 
 def _interval(judged: Judged) -> str:
@@ -90,6 +98,8 @@ def _why(plan: Plan) -> list[str]:
         f"{len(plan.ranked)} run jointly, {plan.best.runs} simulations of the winner",
         plan.verdict,
     ]
+    if plan.best.simulated.gpus < plan.best.judged.placement.gpus:
+        lines.append(f"simulated: {plan.best.simulated}, at the same rate a worker")
     if plan.other is not None:
         lines.append(f"best of the other kind: {plan.other.judged.placement}")
     return lines

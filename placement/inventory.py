@@ -29,6 +29,7 @@ class MachineType:
     nodes: int
     gpus_per_node: int
     nvlink_domain: int
+    decode_power_w: float  # of a device that only decodes
 
     @property
     def gpus(self) -> int:
@@ -68,6 +69,8 @@ def read_inventory(
     machines: Mapping[str, MachineConfig], folder: Path = Path()
 ) -> dict[str, MachineType]:
     """By name. Raises InvalidConfig with the key path; own sheets are found from `folder`."""
+    if not any(machine.nodes for machine in machines.values()):
+        raise InvalidConfig("inventory", "has no nodes", "give nodes: 1 or more somewhere")
     return {name: _machine(name, machine, folder) for name, machine in machines.items()}
 
 
@@ -82,17 +85,25 @@ def _machine(name: str, machine: MachineConfig, folder: Path) -> MachineType:
             f"{domain} GPUs, while a node has {machine.gpus_per_node}",
             "give nodes as large as the domain",
         )
+    power_w = machine.power_w or hardware.power_w
+    if machine.decode_power_w is not None and machine.decode_power_w > power_w:
+        raise InvalidConfig(
+            f"inventory.{name}.decode_power_w",
+            f"{machine.decode_power_w:g} is no cap of {power_w:g}",
+            "give at most power_w",
+        )
     return MachineType(
         name=name,
         hardware=replace(
             hardware,
             network_bandwidth=hardware.network_bandwidth if gbps is None else gbps * 1e9 / 8,
             price_per_hour=machine.price_per_hour or hardware.price_per_hour,
-            power_w=machine.power_w or hardware.power_w,
+            power_w=power_w,
         ),
         nodes=machine.nodes,
         gpus_per_node=machine.gpus_per_node,
         nvlink_domain=domain,
+        decode_power_w=machine.decode_power_w or power_w,
     )
 
 

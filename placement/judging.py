@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from .latency import PhaseLatency, decode_features, prompt_features
 from .simulated_run import FloatColumn, StopRule
-from .slo import SPLITWISE_SLOWDOWNS, SloPolicy, SlowdownTargets, slowdown_misses
+from .slo import SPLITWISE_SLOWDOWNS, SloPolicy, SlowdownTargets
 from .workload import Workload
 
 EDGE = 0.05  # of the requests at either end
@@ -46,6 +46,10 @@ class Judge(Protocol):
         ...
 
     def verdict(self, workload: Workload, times: RequestTimes) -> Verdict: ...
+
+    def share_of(self, name: str) -> float:
+        """What the attainment of that name must reach."""
+        ...
 
 
 Unloaded = Callable[[Workload], tuple[FloatColumn, FloatColumn]]  # (TTFT, TPOT) alone, seconds
@@ -94,6 +98,9 @@ class JointJudge:
         default = replace(self.policy.default, attainment=share)
         classes = {n: replace(t, attainment=share) for n, t in self.policy.classes.items()}
         return replace(self, policy=SloPolicy(default=default, classes=classes))
+
+    def share_of(self, name: str) -> float:
+        return self.policy.of(name).attainment
 
     def stop_rule(self, workload: Workload) -> StopRule:
         first, last = counted_rows(workload)
@@ -146,30 +153,113 @@ class JointJudge:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PercentileJudge:
-    """Splitwise's: limits on percentiles of slowdowns, all at once. Is a `Judge`."""
+    """Splitwise's: limits on percentiles of slowdowns, all at once. Is a `Judge`.
+
+    "ttft p90 within 3" holds when nine tenths of the requests take at most three times what they
+    take alone; a request of one token has no TPOT and counts in no such share.
+    """
 
     unloaded: Unloaded
     targets: SlowdownTargets = SPLITWISE_SLOWDOWNS
+    _alone: dict[int, tuple[Workload, Mapping[str, FloatColumn]]] = field(
+        default_factory=dict, repr=False, compare=False
+    )
 
     def stop_rule(self, workload: Workload) -> None:
         """Percentiles are known at the end only."""
 
+    def share_of(self, name: str) -> float:
+        """What `shares` must reach: of "ttft p90", 0.9."""
+        return float(name.rpartition(" p")[2]) / 100
+
+    def shares(
+        self,
+        workload: Workload,
+        ttft_s: FloatColumn | None,
+        tpot_s: FloatColumn | None,
+        rows: NDArray[np.int64],
+    ) -> dict[str, float]:
+        """By limit, the share of the rows that keep it; end to end where both times are given."""
+        found = {}
+        for metric, slowdown in self._slowdowns(workload, ttft_s, tpot_s, rows).items():
+            for rank, limit in getattr(self.targets, metric).items():
+                found[f"{metric} p{rank:g}"] = float(np.mean(slowdown <= limit))
+        return found
+
+    def broken(
+        self, workload: Workload, ttft_s: FloatColumn | None, tpot_s: FloatColumn | None
+    ) -> tuple[str, float, float]:
+        """Of the limits the one that is kept least: its name, the slowdown there, the limit."""
+        rows = np.arange(workload.num_requests)
+        found = [
+            (f"{metric} p{rank:g}", float(np.percentile(slowdown, rank)), limit)
+            for metric, slowdown in self._slowdowns(workload, ttft_s, tpot_s, rows).items()
+            for rank, limit in getattr(self.targets, metric).items()
+        ]
+        return max(found, key=lambda entry: entry[1] / entry[2])
+
+    def joint_share(
+        self, workload: Workload, ttft_s: FloatColumn, tpot_s: FloatColumn, rows: NDArray[np.int64]
+    ) -> float:
+        """Of the rows, those within the limits of the highest rank up to 90%, all at once."""
+        ok = np.ones(len(rows), dtype=bool)
+        for metric, slowdown in self._slowdowns(workload, ttft_s, tpot_s, rows).items():
+            limits = getattr(self.targets, metric)
+            if limits and len(slowdown) == len(rows):
+                ok &= slowdown <= limits[middle_rank(limits)]
+        return float(ok.mean())
+
     def verdict(self, workload: Workload, times: RequestTimes) -> Verdict:
         first, last = counted_rows(workload)
-        steps = np.maximum(workload.output_tokens - 1, 0)
-        alone = self.unloaded(workload)
-        columns = []
-        for ttft_s, tpot_s in ((times.ttft_s, times.tpot_s), alone):
-            e2e_s = ttft_s + tpot_s * steps
-            pairs = {"ttft": ttft_s, "tpot": tpot_s, "e2e": e2e_s}
-            columns.append({n: np.nan_to_num(c[first:last], nan=np.inf) for n, c in pairs.items()})
-        misses = slowdown_misses(columns[0], columns[1], self.targets)
+        rows = np.arange(first, last)
+        shares = self.shares(workload, times.ttft_s, times.tpot_s, rows)
+        missed = [name for name, share in shares.items() if share < self.share_of(name) - 1e-12]
         return Verdict(
-            passed=not misses,
-            attainments={},
-            late=sum(miss.startswith("ttft") for miss in misses),
-            slow=sum(miss.startswith("tpot") for miss in misses),
+            passed=not missed,
+            attainments=shares,
+            late=sum(name.startswith("ttft") for name in missed),
+            slow=sum(name.startswith("tpot") for name in missed),
         )
+
+    def _slowdowns(
+        self,
+        workload: Workload,
+        ttft_s: FloatColumn | None,
+        tpot_s: FloatColumn | None,
+        rows: NDArray[np.int64],
+    ) -> dict[str, FloatColumn]:
+        alone = self._of_alone(workload)
+        loaded = {"ttft": ttft_s, "tpot": tpot_s}
+        if ttft_s is not None and tpot_s is not None:
+            loaded["e2e"] = ttft_s + tpot_s * np.maximum(workload.output_tokens - 1, 0)
+        found = {}
+        for metric, seconds in loaded.items():
+            if seconds is None:
+                continue
+            own = rows[alone[metric][rows] > 0]
+            if len(own):
+                found[metric] = np.nan_to_num(seconds[own], nan=np.inf) / alone[metric][own]
+        return found
+
+    def _of_alone(self, workload: Workload) -> Mapping[str, FloatColumn]:
+        """Of the same requests at any rate."""
+        key = id(workload.prompt_tokens)
+        if key not in self._alone:
+            ttft_s, tpot_s = self.unloaded(workload)
+            e2e_s = ttft_s + tpot_s * np.maximum(workload.output_tokens - 1, 0)
+            self._alone[key] = workload, {"ttft": ttft_s, "tpot": tpot_s, "e2e": e2e_s}
+        return self._alone[key][1]
+
+
+def middle_rank(limits: Mapping[float, float]) -> float:
+    """The highest rank up to 90%, else the lowest: what one target stands for where there can be
+    but one."""
+    return max((rank for rank in limits if rank <= 90), default=min(limits))
+
+
+def spared(share: float, target: float) -> float:
+    """How far a share is above its target, as a part of what the target lets miss."""
+    return (share - target) / max(1e-9, 1 - target)
 
 
 def _class_rows(workload: Workload, first: int, last: int) -> dict[str, NDArray[np.bool_]]:

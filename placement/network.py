@@ -115,6 +115,10 @@ class Flows:
         or until it is uncapped or closed, which must not be before `when_s`."""
         self._serial += 1
         heappush(self._later, (when_s, self._serial, flow, num_bytes, pace_s))
+        self._agenda.at(when_s, self._come)  # not later: it changes when others run out of bytes
+
+    def _come(self, now_s: float, _: Any) -> None:
+        self._pass(now_s)
 
     def uncap(self, flow: Flow, now_s: float) -> None:
         """All that was added is there: the links alone limit it now."""
@@ -240,7 +244,27 @@ class Flows:
 
 
 def fair_rates(flows: list[tuple[tuple[Port, ...], float]]) -> list[float]:
-    """Max-min fair rates of (ports, cap): all rise together until a port or a cap holds some."""
+    """Max-min fair rates of (ports, cap): all rise together until a port or a cap holds some.
+
+    Whoever meets no port that is asked for more than it has takes what it asks for; the others
+    share, and no other port can hold them.
+    """
+    asked: dict[Port, float] = {}
+    rates = []
+    for ports, cap in flows:
+        most = min([cap, *[port.bytes_per_s for port in ports]])
+        rates.append(most)
+        for port in ports:
+            asked[port] = asked.get(port, 0.0) + most
+    scarce = {port for port, most in asked.items() if most > port.bytes_per_s}
+    if scarce:
+        rising = [i for i, (ports, _) in enumerate(flows) if not scarce.isdisjoint(ports)]
+        for i, rate in zip(rising, _shared([flows[i] for i in rising]), strict=True):
+            rates[i] = rate
+    return rates
+
+
+def _shared(flows: list[tuple[tuple[Port, ...], float]]) -> list[float]:
     rates = [0.0] * len(flows)
     rising = set(range(len(flows)))
     room = {port: port.bytes_per_s for ports, _ in flows for port in ports}

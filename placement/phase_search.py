@@ -6,7 +6,6 @@ pair it stands in. All rates are tried on one stream of requests, stretched in t
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from math import log2
 
@@ -14,61 +13,21 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..engine.step_time import StepFeatures
+from .phase_judge import JointRows, PhaseJudge, SlowdownRows, highest_rate
 from .phase_times import PoolLimits, PromptCosts, RowCosts, decode_end_s, prefill_end_s
 from .problem import Problem, WorkerShape
-from .slo import SloPolicy
 from .transfer import Link, visible_s
 from .workload import Workload
 
 QUICK_REQUESTS = 1000
-EDGE = 0.1  # of the requests at either end are not judged: the pools fill, then drain
-TOLERANCE = 0.03
 BEYOND_MEAN = 1.1  # times the mean-value bound: a rate above is not believed
-GRID = (1, 2, 4, 8, 16, 32, 64)  # counts whose pooling is worked out; between them by logarithm
+GRID = (1, 2, 4, 8, 16)  # counts whose pooling is worked out; between them by logarithm
+# Workers of a pool that are worked out. A larger one is as many times as good: there is little
+# left to gain by pooling, and the stream of requests would be over before its batches are full.
+PREFILL_SLICE = 16
+DECODE_SLICE = 4
 
 Column = NDArray[np.float64]
-
-
-class Judge:
-    """Whether every class reaches its share, by the least distance to it."""
-
-    def __init__(self, workload: Workload, slo: SloPolicy) -> None:
-        names = workload.class_names
-        ids = workload.class_ids
-        n = workload.num_requests
-        self.ids = np.zeros(n, dtype=np.int16) if ids is None else ids
-        targets = [slo.of(name) for name in names]
-        self.ttft_s = np.array([t.ttft_s for t in targets])[self.ids]
-        self.tpot_s = np.array([t.tpot_s for t in targets])[self.ids]
-        window = np.zeros(n, dtype=bool)
-        window[int(n * EDGE) : n - int(n * EDGE)] = True
-        self.rows = [
-            (window & (self.ids == i), t.attainment)
-            for i, t in enumerate(targets)
-            if (window & (self.ids == i)).any()
-        ]
-
-    def margin(self, ok: NDArray[np.bool_]) -> float:
-        return min(float(ok[rows].mean()) - share for rows, share in self.rows)
-
-
-def highest_rate(margin: Callable[[float], float], guess_rps: float) -> float:
-    """The highest rate whose margin is not negative; 0 where a fiftieth of the guess has none."""
-    low, high = 0.0, guess_rps
-    while margin(high) >= 0:
-        low, high = high, high * 1.5
-        if high > guess_rps * 100:
-            return low
-    if not low:
-        low = high / 2
-        while margin(low) < 0:
-            low, high = low / 2, low
-            if low < guess_rps / 50:
-                return 0.0
-    while high - low > TOLERANCE * high:
-        middle = (low + high) / 2
-        low, high = (middle, high) if margin(middle) >= 0 else (low, middle)
-    return low
 
 
 class PhaseSearch:
@@ -85,18 +44,18 @@ class PhaseSearch:
         self.prompts: list[int] = self.workload.prompt_tokens.tolist()
         self.outputs: list[int] = self.workload.output_tokens.tolist()
         self.later = np.maximum(self.workload.output_tokens - 1, 1)
-        self.judge = Judge(self.workload, problem.slo)
+        slowdown = problem.slowdown
+        self.judge: PhaseJudge = (
+            JointRows(self.workload, problem.slo)
+            if slowdown is None
+            else SlowdownRows(self.workload, problem.slo, slowdown)
+        )
         self._prompt_costs: dict[tuple[str, int, int], PromptCosts] = {}
         self._row_costs: dict[tuple[str, int, int], RowCosts] = {}
         self._prefill: dict[tuple[tuple[str, int, int], int], float] = {}
         self._decode: dict[tuple[tuple[str, int, int], int], float] = {}
         self.colocated: dict[tuple[str, int, int], tuple[float, str]] = {}
         self.simulations = 0
-
-    def share(self, ok: NDArray[np.bool_]) -> float:
-        """Of requests that meet both, over all classes and without the edges."""
-        rows = np.any([rows for rows, _ in self.judge.rows], axis=0)
-        return float(ok[rows].mean())
 
     # prefill
 
@@ -135,9 +94,9 @@ class PhaseSearch:
             def margin(rate_rps: float) -> float:
                 arrival_s = self.unit_arrival_s / rate_rps
                 waited = self.first_s(shape, workers, arrival_s) - arrival_s
-                return self.judge.margin(waited <= self.judge.ttft_s)
+                return self.judge.margin(waited, None)
 
-            if self.judge.margin(costs.alone_s() <= self.judge.ttft_s) < 0:
+            if self.judge.margin(costs.alone_s(), None) < 0:
                 known = 0.0  # late even with nobody else there
             else:
                 known = highest_rate(margin, 0.9 * workers * costs.capacity_rps())
@@ -180,7 +139,7 @@ class PhaseSearch:
                     return -1.0  # the stream would be over before the batch is full
                 ready_s = self.unit_arrival_s / rate_rps
                 tpot_s = (self.last_s(shape, 1, ready_s) - ready_s) / self.later
-                return self.judge.margin(tpot_s <= self.judge.tpot_s)
+                return self.judge.margin(None, tpot_s)
 
             known = highest_rate(margin, 0.8 * bound_rps) if bound_rps else 0.0
             self._decode[shape.key, 1] = known
@@ -192,7 +151,7 @@ class PhaseSearch:
         tokens = float(self.workload.output_tokens.mean())
         held = self.workload.prompt_tokens + self.workload.output_tokens / 2
         per_row = float((held * self.workload.output_tokens).mean()) / tokens
-        limit_s = float(self.judge.tpot_s.max())
+        limit_s = self.judge.mean_tpot_s
         most = min(self.problem.config.search.max_batch_size, shape.kv_tokens / per_row)
         stages = shape.pipeline_parallel
         low, high = 0.0, most / stages
@@ -241,9 +200,9 @@ class PhaseSearch:
             if rate_rps > links:
                 missed[rate_rps] = "network"
                 return -1.0
-            in_time, steady = self.outcome(prefill, n, decode, m, rate_rps, behind_s)
-            missed[rate_rps] = "ttft" if in_time.mean() < steady.mean() else "tpot"
-            return self.judge.margin(in_time & steady)
+            times = self.outcome(prefill, n, decode, m, rate_rps, behind_s)
+            missed[rate_rps] = self.judge.binds(*times)
+            return self.judge.margin(*times)
 
         rate_rps = highest_rate(margin, guess)
         above = [rate for rate in missed if rate > rate_rps]
@@ -276,13 +235,20 @@ class PhaseSearch:
         m: int,
         rate_rps: float,
         behind_s: Column,
-    ) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
-        """Which requests meet TTFT, and which TPOT."""
-        arrival_s = self.unit_arrival_s / rate_rps
-        first_s = self.first_s(prefill, n, arrival_s)
-        last_s = self.last_s(decode, m, first_s + behind_s)
-        in_time = first_s - arrival_s <= self.judge.ttft_s
-        return in_time, (last_s - first_s) / self.later <= self.judge.tpot_s
+    ) -> tuple[Column, Column]:
+        """TTFT and TPOT of every request.
+
+        Of a pool larger than its slice so many workers are worked out, at the same rate a worker;
+        where the two are cut differently, what leaves prefill reaches decode stretched in time.
+        """
+        some = min(n, PREFILL_SLICE)
+        arrival_s = self.unit_arrival_s / (rate_rps * some / n)
+        first_s = self.first_s(prefill, some, arrival_s)
+        ttft_s = first_s - arrival_s
+        others = min(m, DECODE_SLICE)
+        ready_s = self.unit_arrival_s / (rate_rps * others / m) + ttft_s + behind_s
+        last_s = self.last_s(decode, others, ready_s)
+        return ttft_s, (last_s - ready_s + behind_s) / self.later
 
 
 def _stretched(workload: Workload, problem: Problem, lengths: tuple[float, float]) -> Workload:

@@ -10,10 +10,13 @@ import numpy as np
 
 from ..engine.errors import InvalidConfig, PhasewiseError
 from ..engine.step_time import StepFeatures
-from .candidates import Judged, bundles_of, parse_compare, score, within_budget
+from .candidates import Judged, parse_compare, score, within_budget
 from .inventory import Bundle
+from .judging import unloaded_by
+from .phase_search import PhaseSearch
 from .problem import Problem
 from .search import Report, Search
+from .units import bundles_of
 from .verify import Verified, nothing, verify
 
 SEARCHES = 3  # each with more asked than the one before
@@ -197,32 +200,63 @@ def _fits_nowhere(problem: Problem) -> Infeasible:
 
 def _why_not(problem: Problem, search: Search) -> Infeasible:
     """The first of TTFT, TPOT, the budgets and the rate that cannot be met."""
-    phases, slo = search.phases, problem.slo.default
+    phases = search.phases
     if not any(phases.prefill_rps(shape, 1) for shape in problem.shapes):
-        share = 100 * slo.attainment
-        late_s = [
-            float(np.percentile(phases.prompt_costs(s).alone_s(), share)) for s in problem.shapes
-        ]
-        best_s, shape = min(zip(late_s, problem.shapes, strict=True), key=lambda pair: pair[0])
-        return Infeasible(
-            "slo.ttft_ms",
-            f"{slo.ttft_s * 1e3:g} ms, while {share:g}% of prompts take up to "
-            f"{best_s * 1e3:.0f} ms on the fastest shape ({shape}) with nobody else there",
-            f"ttft_ms {best_s * 1.05e3:.0f}, with a light load",
-        )
+        return _too_late(problem, phases)
     if not any(phases.decode_rps(shape, 1) for shape in problem.shapes):
-        context = round(float(phases.workload.prompt_tokens.mean()))
-        features = StepFeatures(decode_rows=1, decode_context=context)
-        best_s, shape = min(
-            ((s.decode.total_s(features), s) for s in problem.shapes), key=lambda x: x[0]
-        )
-        return Infeasible(
-            "slo.tpot_ms",
-            f"{slo.tpot_s * 1e3:g} ms, while one row alone takes {best_s * 1e3:.1f} ms a token "
-            f"on the fastest shape ({shape})",
-            f"tpot_ms {best_s * 1.1e3:.1f}, with a light load",
-        )
+        return _too_slow(problem, phases)
     return _too_small(problem)
+
+
+def _too_late(problem: Problem, phases: PhaseSearch) -> Infeasible:
+    """The first token, of prompts that nobody stands beside."""
+    slo, shapes = problem.slo.default, problem.shapes
+    if problem.slowdown is not None:
+        return _no_slowdown(problem, phases, "ttft")
+    share = 100 * slo.attainment
+    late_s = [float(np.percentile(phases.prompt_costs(s).alone_s(), share)) for s in shapes]
+    best_s, shape = min(zip(late_s, shapes, strict=True), key=lambda pair: pair[0])
+    return Infeasible(
+        "slo.ttft_ms",
+        f"{slo.ttft_s * 1e3:g} ms, while {share:g}% of prompts take up to "
+        f"{best_s * 1e3:.0f} ms on the fastest shape ({shape}) with nobody else there",
+        f"ttft_ms {best_s * 1.05e3:.0f}, with a light load",
+    )
+
+
+def _too_slow(problem: Problem, phases: PhaseSearch) -> Infeasible:
+    """A later token, of a row that nobody stands beside."""
+    if problem.slowdown is not None:
+        return _no_slowdown(problem, phases, "tpot")
+    context = round(float(phases.workload.prompt_tokens.mean()))
+    features = StepFeatures(decode_rows=1, decode_context=context)
+    alone_s = ((s.decode.total_s(features), s) for s in problem.shapes)
+    best_s, shape = min(alone_s, key=lambda pair: pair[0])
+    return Infeasible(
+        "slo.tpot_ms",
+        f"{problem.slo.default.tpot_s * 1e3:g} ms, while one row alone takes {best_s * 1e3:.1f} ms "
+        f"a token on the fastest shape ({shape})",
+        f"tpot_ms {best_s * 1.1e3:.1f}, with a light load",
+    )
+
+
+def _no_slowdown(problem: Problem, phases: PhaseSearch, metric: str) -> Infeasible:
+    """The limit that the fastest shape breaks most with nobody else there."""
+    judge = problem.slowdown
+    assert judge is not None
+    found = []
+    for shape in problem.shapes:
+        alone = unloaded_by(shape.prefill, shape.decode)(phases.workload)
+        times = (alone[0], None) if metric == "ttft" else (None, alone[1])
+        broken = judge.broken(phases.workload, *times)
+        found.append((broken[1] / broken[2], broken, shape))
+    _, (name, value, limit), shape = min(found, key=lambda item: item[0])
+    key = f"slo.slowdown.{name.replace(' ', '.')}"
+    if value > limit:
+        reason = f"{limit:g}×, while {shape} takes {value:.2f}× with nobody else there"
+        return Infeasible(key, reason, f"{name} {value * 1.05:.2f}, with a light load")
+    reason = f"{limit:g}×, which no rate keeps; alone {shape} takes {value:.2f}×"
+    return Infeasible(key, reason, f"{name} {limit * 1.1:.2f}, with a light load")
 
 
 def _too_small(problem: Problem) -> Infeasible:

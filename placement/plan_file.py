@@ -7,6 +7,7 @@ from typing import Any
 from ..configs.load import dump
 from .candidates import Judged, Pool
 from .plan import Plan
+from .problem import Problem
 from .provision import Provision
 from .verify import Verified
 
@@ -35,7 +36,6 @@ def cluster_sections(plan: Plan) -> dict[str, dict[str, Any]]:
         }
         decode["local_prefill"] = "auto"
     targets = plan.problem.slo.default
-    spans = len({bundle.node for bundle in plan.bundles}) > 1
     return {
         "model": {
             "path": path,
@@ -52,8 +52,22 @@ def cluster_sections(plan: Plan) -> dict[str, dict[str, Any]]:
             "attainment": targets.attainment,
         },
         "gateway": {"grpc": "127.0.0.1:50051", "http": "127.0.0.1:8000"},
-        "ray": {"address": "auto" if spans and placement.copies == 1 else None},
+        "ray": {"address": "auto" if len(unit_nodes(plan)) > 1 else None},
     }
+
+
+def unit_nodes(plan: Plan) -> list[str]:
+    """Nodes of the first unit, in the order of its pipeline stages."""
+    first = {
+        f"{role}-{i}"
+        for role, pool in zip(
+            ("prefill", "decode")[-len(plan.best.judged.placement.pools) :],
+            plan.best.judged.placement.pools,
+            strict=True,
+        )
+        for i in range(plan.best.judged.placement.replicas(pool))
+    }
+    return list(dict.fromkeys(b.node for b in plan.bundles if b.worker in first))
 
 
 def _pool(plan: Plan, pool: Pool) -> dict[str, Any]:
@@ -82,9 +96,7 @@ def heading(plan: Plan) -> str:
     placement = best.judged.placement
     lines = [
         f"Planned by phasewise for {problem.model.name}: {placement}.",
-        f"Goodput {_interval(best.judged)} req/s at {problem.slo.default.attainment:.0%} of "
-        f"requests within TTFT {problem.slo.default.ttft_s * 1e3:g} ms and TPOT "
-        f"{problem.slo.default.tpot_s * 1e3:g} ms; {placement.gpus} GPUs, "
+        f"Goodput {_interval(best.judged)} req/s {targets_words(problem)}; {placement.gpus} GPUs, "
         f"{placement.cost_per_hour:.2f} $/h, {placement.power_w / 1e3:.2f} kW.",
         f"Verdict: {plan.verdict}.",
     ]
@@ -93,7 +105,29 @@ def heading(plan: Plan) -> str:
             f"This is one unit of {placement.copies}: launch it once on each, "
             "so that KV stays inside a node."
         )
+    if placement.local and len(unit_nodes(plan)) > 1:
+        lines.append(
+            f"Its stages lie on {len(unit_nodes(plan))} nodes, prefill's and decode's of the same "
+            "layers on the same."
+        )
     return "\n".join(lines)
+
+
+def targets_words(problem: Problem) -> str:
+    """What the goodput holds within."""
+    slo = problem.slo.default
+    if problem.slowdown is None:
+        return (
+            f"at {slo.attainment:.0%} of requests within TTFT {slo.ttft_s * 1e3:g} ms and TPOT "
+            f"{slo.tpot_s * 1e3:g} ms"
+        )
+    limits = problem.slowdown.targets
+    words = (
+        f"{metric.upper()} " + ", ".join(f"p{rank:g} {limit:g}×" for rank, limit in ranks.items())
+        for metric, ranks in (("ttft", limits.ttft), ("tpot", limits.tpot), ("e2e", limits.e2e))
+        if ranks
+    )
+    return f"within all of {'; '.join(words)} of the unloaded reference"
 
 
 def _interval(judged: Judged) -> str:
@@ -154,6 +188,8 @@ def _verified(found: Verified) -> dict[str, Any]:
         "interval_rps": [found.judged.low_rps, found.judged.high_rps],
         "attainment": found.attainment,
         "attainment_half_width": found.attainment_half,
+        "attainment_of": found.tightest,
+        "simulated": str(found.simulated),
         "ttft_ms": dict(zip(("p50", "p90", "p99"), found.ttft_ms, strict=True)),
         "tpot_ms": dict(zip(("p50", "p90", "p99"), found.tpot_ms, strict=True)),
         "transfer_ms_mean": found.transfer_ms,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -14,11 +14,14 @@ from .calibration import read_calibration
 from .deployment import Overheads
 from .distserve_profile import DistServeLatency, read_distserve_profile
 from .inventory import MachineType, read_inventory
+from .judging import PercentileJudge, unloaded_by
 from .latency import LatencySource, NoLatency, PhaseLatency
 from .model_shape import ModelShape, read_shape
 from .roofline import RooflineLatency
 from .slo import SloPolicy, parse_slo
+from .slowdown import SlowdownSection, parse_slowdown, policy_of
 from .step_profile import read_profile
+from .tables import read_splitwise
 from .workload import WorkloadSpec, parse_workload
 
 Shape = tuple[int, int]  # tensor parallel, pipeline parallel
@@ -51,6 +54,11 @@ class WorkerShape:
     def power_w(self) -> float:
         return self.gpus * self.machine.hardware.power_w
 
+    @property
+    def decode_power_w(self) -> float:
+        """As a worker that only decodes."""
+        return self.gpus * self.machine.decode_power_w
+
     @cached_property
     def prefill(self) -> PhaseLatency:
         return self.source.phase("prefill", self.tensor_parallel, self.pipeline_parallel)
@@ -75,7 +83,8 @@ class Problem:
     model: ModelShape
     machines: Mapping[str, MachineType]
     workload: WorkloadSpec
-    slo: SloPolicy
+    slo: SloPolicy  # with slowdowns: what schedulers are told
+    slowdown: PercentileJudge | None  # what is judged instead of `slo`
     shapes: tuple[WorkerShape, ...]
     left_out: tuple[str, ...]  # shapes that cannot be, with the reason
     max_model_len: int
@@ -85,6 +94,16 @@ class Problem:
     def rate_rps(self) -> float | None:
         """What the placement must carry; None: as much as the machines can."""
         return self.workload.rate_rps if "rate_rps" in self.config.workload else None
+
+    def scaled(self, ttft: float, tpot: float) -> Problem:
+        """The default class's targets, or all slowdowns, multiplied."""
+        slo = self.slo.default
+        default = replace(slo, ttft_s=slo.ttft_s * ttft, tpot_s=slo.tpot_s * tpot)
+        judge = self.slowdown
+        if judge is not None:
+            targets = judge.targets.scaled(ttft, tpot)
+            judge = PercentileJudge(unloaded=judge.unloaded, targets=targets)
+        return replace(self, slo=replace(self.slo, default=default), slowdown=judge)
 
     @property
     def kv_bytes_per_token(self) -> float:
@@ -105,17 +124,17 @@ def read_problem(config: PlanConfig, folder: Path) -> Problem:
             "give workload.rate_rps, or choose a goodput goal",
         )
     machines = read_inventory(config.inventory, folder)
-    sources = {
-        name: _source(config.latency, model, config.model.path, machine)
-        for name, machine in machines.items()
-    }
+    sources = _sources(config, model, machines)
+    workload = parse_workload(_timeless(section), base=folder)
+    slo, slowdown = _targets(config, machines, sources, workload)
     shapes, left_out = _shapes(config, model, machines, sources)
     return Problem(
         config=config,
         model=model,
         machines=machines,
-        workload=parse_workload(_timeless(section), base=folder),
-        slo=parse_slo(config.slo),
+        workload=workload,
+        slo=slo,
+        slowdown=slowdown,
         shapes=shapes,
         left_out=left_out,
         max_model_len=max_model_len,
@@ -130,40 +149,110 @@ def _timeless(section: dict[str, object]) -> dict[str, object]:
     return section
 
 
+def _targets(
+    config: PlanConfig,
+    machines: Mapping[str, MachineType],
+    sources: Mapping[str, LatencySource],
+    workload: WorkloadSpec,
+) -> tuple[SloPolicy, PercentileJudge | None]:
+    if "slowdown" not in config.slo:
+        return parse_slo(config.slo), None
+    section = parse_slowdown(config.slo)
+    if section.reference not in machines:
+        raise InvalidConfig(
+            "slo.slowdown.reference",
+            f"{section.reference!r} is no machine of the inventory",
+            f"name one of {sorted(machines)}; nodes: 0 for one that is the reference only",
+        )
+    judge = _reference(section, sources[section.reference])
+    return policy_of(judge, workload), judge
+
+
+def _reference(section: SlowdownSection, source: LatencySource) -> PercentileJudge:
+    split = section.tensor_parallel, section.pipeline_parallel
+    unloaded = unloaded_by(source.phase("prefill", *split), source.phase("decode", *split))
+    return PercentileJudge(unloaded=unloaded, targets=section.targets)
+
+
+def _sources(
+    config: PlanConfig, model: ModelShape, machines: Mapping[str, MachineType]
+) -> dict[str, LatencySource]:
+    unknown = sorted(config.machine_latency.keys() - machines.keys())
+    if unknown:
+        raise InvalidConfig(
+            f"machine_latency.{unknown[0]}",
+            "is no machine of the inventory",
+            f"name one of {sorted(machines)}",
+        )
+    found = {}
+    for name, machine in machines.items():
+        own = config.machine_latency.get(name)
+        where = "latency" if own is None else f"machine_latency.{name}"
+        found[name] = _source(own or config.latency, model, config.model.path, machine, where)
+    return found
+
+
 def _overheads(latency: LatencyConfig) -> Overheads:
     return read_calibration(latency.calibration).overheads if latency.calibration else Overheads()
 
 
 def _source(
-    latency: LatencyConfig, model: ModelShape, folder: Path, machine: MachineType
+    latency: LatencyConfig, model: ModelShape, folder: Path, machine: MachineType, where: str
 ) -> LatencySource:
-    """`folder` holds the model's config.json."""
+    """`folder` holds the model's config.json; `where` is the section's name."""
     if latency.source in ("sheet", "aiconfigurator") and latency.file is not None:
         raise InvalidConfig(
-            "latency.file", f"a {latency.source} has none", "set latency.source: profile"
+            f"{where}.file", f"a {latency.source} has none", f"set {where}.source: profile"
         )
     if latency.source == "aiconfigurator":
         return AiconfiguratorLatency(model=folder, name=model.name, hardware=machine.hardware.name)
     if latency.source == "sheet":
         return RooflineLatency(shape=model, hardware=machine.hardware)
     if latency.file is None:
-        raise InvalidConfig("latency.file", "is missing", f"name the {latency.source} file")
+        raise InvalidConfig(f"{where}.file", "is missing", f"name the {latency.source} file")
     if latency.source == "profile":
         profile = read_profile(latency.file)
         # A CPU sheet names no processor: the profile says which one there is.
         named = None if machine.hardware.name.startswith("cpu") else machine.hardware.name
         profile.require(hardware=named, model=model.name)
         return profile
-    profile = read_distserve_profile(latency.file)
+    if latency.source == "splitwise":
+        return _from_splitwise(latency, latency.file, model, machine, where)
+    return _from_distserve(latency, latency.file, model, machine, where)
+
+
+def _from_splitwise(
+    latency: LatencyConfig, file: Path, model: ModelShape, machine: MachineType, where: str
+) -> LatencySource:
+    profiles = read_splitwise(file)
+    name = latency.model or model.name
+    known = sorted({name for name, _ in profiles})
+    if name not in known:
+        raise InvalidConfig(f"{where}.model", f"{name!r} is not in the file", f"use one of {known}")
+    kind = machine.hardware.name.partition("-")[0]
+    for (own, hardware), profile in profiles.items():
+        if own == name and hardware.partition("-")[0] == kind:
+            return profile
+    raise InvalidConfig(
+        f"inventory.{machine.name}.hardware",
+        f"{file.name} holds no times of {name} on {machine.hardware.name}",
+        f"it has {sorted(hardware for own, hardware in profiles if own == name)}",
+    )
+
+
+def _from_distserve(
+    latency: LatencyConfig, file: Path, model: ModelShape, machine: MachineType, where: str
+) -> LatencySource:
+    profile = read_distserve_profile(file)
     name = latency.model or model.name
     known = sorted({name for name, _ in profile})
     if name not in known:
-        raise InvalidConfig("latency.model", f"{name!r} is not in the file", f"use one of {known}")
+        raise InvalidConfig(f"{where}.model", f"{name!r} is not in the file", f"use one of {known}")
     if not machine.hardware.name.startswith("a100"):
         raise InvalidConfig(
             f"inventory.{machine.name}.hardware",
             f"the coefficients were measured on a100-80g, not {machine.hardware.name}",
-            "use latency.source: sheet, or a100-80g",
+            f"use {where}.source: sheet, or a100-80g",
         )
     return DistServeLatency(model=name, profile=profile)
 
@@ -182,7 +271,8 @@ def _shapes(
             if not model.divides(tp, pp):
                 left_out.append(f"{words}: heads or layers do not divide")
                 continue
-            tokens = config.latency.kv_tokens or model.kv_capacity_tokens(
+            latency = config.machine_latency.get(machine.name, config.latency)
+            tokens = latency.kv_tokens or model.kv_capacity_tokens(
                 machine.hardware.memory_bytes,
                 tp,
                 pp,
@@ -215,7 +305,7 @@ def _parallelisms(config: PlanConfig, machine: MachineType) -> list[Shape]:
         (tp, pp)
         for tp in (1, 2, 3, 4, 6, 8, 16, 32)
         for pp in (1, 2, 3, 4, 6, 8, 16)
-        if tp <= min(widest, search.max_tensor_parallel)
+        if search.min_tensor_parallel <= tp <= min(widest, search.max_tensor_parallel)
         and pp <= search.max_pipeline_parallel
         and tp * pp <= machine.gpus
     ]

@@ -98,7 +98,7 @@ def _option(role: str, shape: WorkerShape, rate_rps: float, kv_bytes: float) -> 
         rate_rps=rate_rps,
         gpus=shape.gpus,
         cost_per_hour=shape.cost_per_hour,
-        power_w=shape.power_w,
+        power_w=shape.decode_power_w if role == "decode" else shape.power_w,
         network_rps=width / kv_bytes if kv_bytes and shape.machine.nodes > 1 else inf,
     )
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from html import escape
 
 from .candidates import Judged, Placement
@@ -135,8 +134,7 @@ def _scales(plan: Plan) -> str:
     rate_rps = plan.problem.rate_rps or plan.best.judged.rate_rps
     points: dict[str, list[tuple[float, float]]] = {}
     for scale in SCALES:
-        slo = replace(plan.problem.slo, default=plan.problem.slo.default.scaled(scale))
-        search = Search(replace(plan.problem, slo=slo), lambda what, share: None)
+        search = Search(plan.problem.scaled(scale, scale), lambda what, share: None)
         for name, judged in _contenders(plan):
             share = search.attainment(judged.placement, rate_rps)
             points.setdefault(f"{name}: {_short(judged.placement)}", []).append((scale, share))

@@ -14,22 +14,20 @@ from .candidates import (
     Judged,
     Placement,
     Pool,
-    bundles_of,
-    fits_one_node,
-    pool_gpus,
     score,
-    unit_segments,
     within_budget,
 )
 from .colocated import colocated_rps, mean_rps, outcome
 from .inventory import MachineType
 from .phase_search import PhaseSearch
 from .problem import Problem, WorkerShape
+from .room import room_of
+from .units import bundles_of, most_units
 
 ALIKE = 1e-6  # relative; scores nearer than this are one
 ROUGH = 20  # placements that are ranked by their weaker phase and then run in a row
 ALONE = 4  # colocated shapes that are worked out
-MOST_WORKERS = 64  # of one pool
+MOST_WORKERS = 256  # of one pool
 Report = Callable[[str, float], None]  # what is done, and the share of it
 
 
@@ -45,6 +43,7 @@ class Search:
     ) -> None:
         self.problem = problem
         self.report = report
+        self.room = room_of(problem)
         self.phases = PhaseSearch(problem, seed, lengths)
         self.considered = 0
 
@@ -99,13 +98,13 @@ class Search:
         prefill, decode = placement.prefill, placement.decode
         each_rps = rate_rps / placement.copies
         if prefill is None:
-            in_time, steady = outcome(self.phases, decode.shape, each_rps / decode.count)
-            return self.phases.share(in_time & steady)
+            times = outcome(self.phases, decode.shape, each_rps / decode.count)
+            return self.phases.judge.share(*times)
         behind_s = self.phases.behind_s(prefill.shape, decode.shape, local=placement.local)
-        in_time, steady = self.phases.outcome(
+        times = self.phases.outcome(
             prefill.shape, prefill.count, decode.shape, decode.count, each_rps, behind_s
         )
-        return self.phases.share(in_time & steady)
+        return self.phases.judge.share(*times)
 
     def _measure_phases(self) -> None:
         shapes = self.problem.shapes
@@ -121,8 +120,8 @@ class Search:
         kinds: list[list[tuple[float, Placement]]] = []
         if affinity != "low":
             kinds.append([*self._anywhere()])
-        if affinity != "high" and self._has_nodes():
-            kinds.append([*self._in_nodes()])
+        if affinity != "high" and self._has_domains():
+            kinds.append([*self._in_domains()])
         chosen: list[Placement] = []
         for i, kind in enumerate(kinds):
             self.report("placements", i / len(kinds))
@@ -201,17 +200,15 @@ class Search:
             yield from ((n + more, m + other) for more in (0, 1) for other in (0, 1))
             return
         spare = self.problem.config.objective.spare
-        for n in range(1, min(MOST_WORKERS, self._room(prefill)) + 1):
-            taken = (n + spare) * prefill.gpus
-            room = self._room(decode, taken if decode.machine is prefill.machine else 0) - spare
-            if decode.machine is not prefill.machine or taken >= self._most_gpus():
-                room = min(room, (self._most_gpus() - taken) // decode.gpus - spare)
-            if room < 1:
-                continue
+        for n in range(1, MOST_WORKERS + 1):
+            left = self.room.without(prefill, n + spare, prefill.power_w)
+            most = min(left.workers(decode, decode.decode_power_w) - spare, MOST_WORKERS)
+            if most < 1:
+                return
             enough = ceil(
                 self.phases.prefill_rps(prefill, n) / (self.phases.decode_rps(decode, 1) + 1e-9)
             )
-            yield from ((n, m) for m in {room, min(room, enough)})
+            yield from ((n, m) for m in {most, min(most, enough)})
 
     def _least(
         self, shape: WorkerShape, rate_rps: float, goodput: Callable[[WorkerShape, int], float]
@@ -221,28 +218,16 @@ class Search:
             count += 1
         return count
 
-    def _room(self, shape: WorkerShape, taken: int = 0) -> int:
-        return (min(shape.machine.gpus, self._most_gpus()) - taken) // shape.gpus
+    # Algorithm 2: KV stays inside a domain of fast links
 
-    def _most_gpus(self) -> int:
-        """That the budgets allow of all machines together."""
-        objective = self.problem.config.objective
-        sheets = [machine.hardware for machine in self.problem.machines.values()]
-        most = float(objective.max_gpus or sum(m.gpus for m in self.problem.machines.values()))
-        if objective.max_cost_per_hour is not None:
-            most = min(most, objective.max_cost_per_hour / min(h.price_per_hour for h in sheets))
-        if objective.max_power_w is not None:
-            most = min(most, objective.max_power_w / min(h.power_w for h in sheets))
-        return int(most + 1e-9)
-
-    # Algorithm 2: KV stays inside a node
-
-    def _has_nodes(self) -> bool:
+    def _has_domains(self) -> bool:
         """Otherwise both algorithms see the same."""
-        high = self.problem.config.search.affinity != "low"
-        return not high or any(machine.nodes > 1 for machine in self.problem.machines.values())
+        if self.problem.config.search.affinity == "low":
+            return True
+        machines = self.problem.machines.values()
+        return any(machine.gpus > machine.nvlink_domain for machine in machines)
 
-    def _in_nodes(self) -> Iterable[tuple[float, Placement]]:
+    def _in_domains(self) -> Iterable[tuple[float, Placement]]:
         for machine in self.problem.machines.values():
             own = [shape for shape in self.problem.shapes if shape.machine is machine]
             for prefill in own:
@@ -252,18 +237,18 @@ class Search:
     def _units(
         self, machine: MachineType, prefill: WorkerShape, decode: WorkerShape
     ) -> Iterable[tuple[float, Placement]]:
-        """Pools that share a node, or stages of the same layers that share one each."""
+        """Pools whose stages of the same layers share a domain each, of any counts that fit."""
         spare = self.problem.config.objective.spare
-        for n in range(1, machine.gpus_per_node + 1):
+        for n in range(1, machine.nvlink_domain + 1):
             rate = self.phases.prefill_rps(prefill, n)
-            for m in range(1, machine.gpus_per_node + 1):
+            for m in range(1, machine.nvlink_domain + 1):
                 unit = Placement(
                     prefill=Pool(shape=prefill, count=n),
                     decode=Pool(shape=decode, count=m),
                     local=True,
                     spare=spare,
                 )
-                copies = self._copies(machine, unit)
+                copies = min(most_units(unit), self.room.copies(unit))
                 if not copies:
                     break
                 rate_rps = min(rate, self.phases.decode_rps(decode, m))
@@ -272,18 +257,6 @@ class Search:
                     copies = min(copies, ceil(wanted / rate_rps))
                 placement = replace(unit, copies=copies)
                 yield self._value(placement, copies * rate_rps), placement
-
-    def _copies(self, machine: MachineType, unit: Placement) -> int:
-        """How many units the machines and the GPU budget hold."""
-        if fits_one_node(unit):
-            most = machine.nodes * (machine.gpus_per_node // sum(pool_gpus(unit)))
-        else:
-            stages = {pool.shape.pipeline_parallel for pool in unit.pools}
-            segment = sum(group * count for group, count in unit_segments(unit))
-            if len(stages) > 1 or segment > machine.gpus_per_node:
-                return 0
-            most = machine.nodes // stages.pop() * (machine.gpus_per_node // segment)
-        return min(most, self._most_gpus() // unit.gpus)
 
     # both phases on every worker
 
@@ -296,7 +269,7 @@ class Search:
             each, _ = self._colocated(shape)
             if each <= 0:
                 continue
-            most = self._room(shape) - spare
+            most = self.room.workers(shape, shape.power_w) - spare
             wanted = self.problem.rate_rps
             counts = (most,) if wanted is None else (ceil(wanted / each), ceil(wanted / each) + 1)
             for count in counts:

@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 
 from .candidates import Judged
 from .plan import Plan
+from .problem import Problem
 from .search import Search
-from .slo import SloPolicy, SloTargets
 
 SCALES = (0.5, 0.8, 1.25, 2.0)
 Report = Callable[[str, float], None]
@@ -26,24 +26,24 @@ class Sensitivity:
 def sensitivity(plan: Plan, report: Report) -> list[Sensitivity]:
     """One change at a time, a few of each kind."""
     problem = plan.problem
-    slo = problem.slo.default
-    cases: list[tuple[str, str, SloTargets, tuple[float, float]]] = []
+    cases: list[tuple[str, str, Problem, tuple[float, float]]] = []
     for scale in SCALES:
         words = f"× {scale:g}"
         cases += [
-            ("TTFT target", words, replace(slo, ttft_s=slo.ttft_s * scale), (1.0, 1.0)),
-            ("TPOT target", words, replace(slo, tpot_s=slo.tpot_s * scale), (1.0, 1.0)),
-            ("prompt lengths", words, slo, (scale, 1.0)),
-            ("output lengths", words, slo, (1.0, scale)),
+            ("TTFT target", words, problem.scaled(scale, 1.0), (1.0, 1.0)),
+            ("TPOT target", words, problem.scaled(1.0, scale), (1.0, 1.0)),
+            ("prompt lengths", words, problem, (scale, 1.0)),
+            ("output lengths", words, problem, (1.0, scale)),
         ]
-    for share in (0.9, 0.95, 0.99):
-        if share != slo.attainment:
-            cases.append(("share", f"{share:.0%}", replace(slo, attainment=share), (1.0, 1.0)))
+    if problem.slowdown is None:
+        slo = problem.slo
+        for share in sorted({0.9, 0.95, 0.99} - {slo.default.attainment}):
+            stricter = replace(slo, default=replace(slo.default, attainment=share))
+            cases.append(("share", f"{share:.0%}", replace(problem, slo=stricter), (1.0, 1.0)))
     found = []
-    for i, (what, change, targets, lengths) in enumerate(cases):
+    for i, (what, change, asked, lengths) in enumerate(cases):
         report("sensitivity", i / len(cases))
-        policy = SloPolicy(default=targets, classes=problem.slo.classes)
-        search = Search(replace(problem, slo=policy), lambda what, share: None, 0, lengths)
+        search = Search(asked, lambda what, share: None, 0, lengths)
         judged = search.judge(plan.best.judged.placement)
         found.append(Sensitivity(what=what, change=change, judged=judged))
     report("sensitivity", 1.0)

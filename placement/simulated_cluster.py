@@ -12,6 +12,7 @@ from dataclasses import replace
 from ..engine.batch import Batch
 from .agenda import Agenda
 from .deployment import Deployment, WorkerModel
+from .simulated_cores import SharedCores
 from .simulated_decode import SimulatedDecode
 from .simulated_lane import Lane
 from .simulated_prefill import SimulatedPrefill
@@ -19,7 +20,6 @@ from .simulated_request import Attempt, Notes
 from .simulated_router import SimulatedRouter
 from .simulated_run import StopRule
 from .simulated_sequence import SequenceMaker
-from .simulated_stages import Stages
 from .simulated_transfer import Transfers
 from .workload import Workload
 
@@ -41,7 +41,8 @@ class SimulatedCluster:
         self.router = SimulatedRouter(deployment)
         self._views_matter = max(len(deployment.prefill), len(deployment.decode)) > 1
         self._jump = jump
-        self._machine: list[Stages] = []
+        shared = deployment.overheads.cores > 0
+        self._cores = SharedCores(deployment.overheads) if shared else None
         self.prefill = [self._new_prefill(model) for model in deployment.prefill]
         self.decode = [self._new_decode(model) for model in deployment.decode]
         self._overheads = deployment.overheads
@@ -249,13 +250,13 @@ class SimulatedCluster:
         self._route(Attempt(row, sequence), worker, now_s)
 
     def _new_prefill(self, model: WorkerModel) -> SimulatedPrefill:
-        return SimulatedPrefill(model, self.deployment, self._machine)
+        return SimulatedPrefill(model, self.deployment, self._cores)
 
     def _new_decode(self, model: WorkerModel) -> SimulatedDecode:
         return SimulatedDecode(
             model,
             self.deployment,
-            self._machine,
+            self._cores,
             jump=self._jump,
             views_matter=self._views_matter,
         )
@@ -296,6 +297,9 @@ class SimulatedCluster:
         worker, batch = step
         if not worker.alive:
             return
+        if self._cores is not None and (late_s := worker.stages.late_s()):
+            self.agenda.at(now_s + late_s, self._step_ended, step)
+            return
         progress = worker.end(batch, now_s)
         if self._views_matter:
             worker.report()
@@ -312,6 +316,8 @@ class SimulatedCluster:
             self._begin(worker, now_s)
         else:
             self._wake(worker, now_s)
+        if self._cores is not None:
+            self._cores.serve(len(progress.sequences), now_s)
 
     def _follow(self, lane: Lane, now_s: float) -> None:
         """Be there when what the lane does now ends; or look for work for it, once everything
@@ -344,6 +350,11 @@ class SimulatedCluster:
         lane, turn = followed
         if turn != lane.turn or not lane.alive:
             return
+        if self._cores is not None and (late_s := lane.stages.late_s()):
+            lane.due_s = now_s + late_s
+            self.agenda.at(lane.due_s, self._lane_ended, followed)
+            return
+        tokens = lane.stages.tokens
         prompts, finished = lane.end(now_s)
         report_s = now_s + self._overheads.report_s
         for sequence in prompts:
@@ -353,6 +364,8 @@ class SimulatedCluster:
         for sequence in finished:
             self._end(self._attempts[sequence.id], report_s)
         self._begin_lane(lane, now_s)
+        if self._cores is not None:
+            self._cores.serve(tokens, now_s)
 
 
 def _hold(attempt: Attempt, decode: SimulatedDecode) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from ..decode_worker.scheduler import DecodeScheduler
 from ..engine.blocks import BlockAllocator
 from .deployment import Deployment, WorkerModel
+from .simulated_cores import SharedCores
 from .simulated_lane import Lane
 from .simulated_run import WorkerUse
 from .simulated_stages import Stages
@@ -23,7 +24,7 @@ class SimulatedDecode:
         self,
         model: WorkerModel,
         deployment: Deployment,
-        machine: list[Stages],
+        cores: SharedCores | None,
         *,
         jump: bool,
         views_matter: bool,
@@ -32,7 +33,7 @@ class SimulatedDecode:
         self.alive = True
         self.outstanding_tokens = 0  # as the router counts: sent, not ended
         self.requests = 0
-        stages = self.stages = Stages(model, deployment.overheads, machine)
+        stages = self.stages = Stages(model, deployment.overheads, cores)
         share = len(model.latency.stages)
         self.lanes = [
             Lane(model, deployment, stages, share=share, jump=jump, views_matter=views_matter)

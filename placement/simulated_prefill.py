@@ -10,6 +10,7 @@ from ..engine.blocks import BlockAllocator
 from ..engine.step_time import StepFeatures
 from ..prefill_worker.scheduler import PrefillLimits, PrefillScheduler
 from .deployment import Deployment, WorkerModel
+from .simulated_cores import SharedCores
 from .simulated_run import WorkerUse
 from .simulated_sequence import SimulatedSequence
 from .simulated_stages import Stages, predictor
@@ -20,7 +21,9 @@ class SimulatedPrefill:
 
     role = "prefill"
 
-    def __init__(self, model: WorkerModel, deployment: Deployment, machine: list[Stages]) -> None:
+    def __init__(
+        self, model: WorkerModel, deployment: Deployment, cores: SharedCores | None
+    ) -> None:
         self.model = model
         self.alive = True
         self.woken = False  # somebody will look for work here
@@ -29,7 +32,7 @@ class SimulatedPrefill:
         self.allocator = BlockAllocator(
             model.num_blocks, deployment.block_size, prefix_cache=deployment.prefix_cache
         )
-        self.stages = Stages(model, deployment.overheads, machine)
+        self.stages = Stages(model, deployment.overheads, cores)
         self.reported = 0  # tokens queued at the last step's end
         self._depth = len(model.latency.stages)
         self._in_flight = 0

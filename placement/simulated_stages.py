@@ -4,25 +4,25 @@ from __future__ import annotations
 
 from ..engine.step_time import StepFeatures, StepTime
 from .deployment import Overheads, WorkerModel
+from .simulated_cores import SharedCores
 
 
 class Stages:
-    """The stages of one worker's pipeline, each busy until a known time.
+    """The stages of one worker's pipeline, each busy until a known time."""
 
-    `machine` holds the stages of all workers that share cores, these among them.
-    """
-
-    def __init__(self, model: WorkerModel, overheads: Overheads, machine: list[Stages]) -> None:
+    def __init__(self, model: WorkerModel, overheads: Overheads, cores: SharedCores | None) -> None:
+        """`cores`: that all workers share with the gateway and its clients."""
         self._times = model.latency.stages
         self._overheads = overheads
-        self._machine = machine
-        machine.append(self)
+        self._cores = cores
+        self._use = None if cores is None else cores.join()
         self.free_s = [0.0] * len(self._times)
         self.busy_s = 0.0  # of the first
-        self._served_share = 0.0  # core time of the gateway and clients a second of its last step
+        self.tokens = 0  # that the last step brings
 
     def run(self, features: StepFeatures, now_s: float, num_prompts: int = 0) -> float:
-        """Pass a step through all stages, the first free at `now_s`; returns when it is out."""
+        """Pass a step through all stages, the first free at `now_s`; returns when it is out,
+        unless `late_s` says otherwise then."""
         free_s = self.free_s
         at_s = now_s
         for i, time in enumerate(self._times):
@@ -32,28 +32,31 @@ class Stages:
                 self.busy_s += seconds
             free = free_s[i]
             at_s = free_s[i] = (at_s if at_s > free else free) + seconds
+        if self._use is not None:
+            self._use.end_s = free_s[0]
+            self.tokens = features.decode_rows + num_prompts
         return at_s
+
+    def late_s(self) -> float:
+        """What a step that should end now still lacks, because its core had other work; the first
+        stage is free that much later. Told once."""
+        if self._use is None:
+            return 0.0
+        late_s = self._use.take_late_s()
+        self.free_s[0] += late_s
+        self.busy_s += late_s
+        return late_s
 
     def _in_service(
         self, alone_s: float, features: StepFeatures, num_prompts: int, now_s: float
     ) -> float:
         """What a step takes beside everything that serving it needs."""
         costs = self._overheads
+        if self._cores is not None and self._use is not None:
+            alone_s = self._cores.begin(self._use, features, alone_s, now_s)
         share = costs.prompt_share if num_prompts else 0.0
         rows_s = costs.row_s * features.decode_rows + costs.prompt_s * num_prompts
-        seconds = alone_s * (1 + share) + costs.step_s + rows_s
-        return seconds + self._serving_s(seconds, features, now_s) if costs.cores else seconds
-
-    def _serving_s(self, seconds: float, features: StepFeatures, now_s: float) -> float:
-        """What a step waits for the gateway and clients, once every core has a worker computing:
-        their work for all these workers is spread evenly over the cores."""
-        costs = self._overheads
-        own_s = costs.serve_s + costs.serve_row_s * features.decode_rows
-        self._served_share = own_s / seconds
-        busy = [one for one in self._machine if one is not self and one.free_s[0] > now_s]
-        if len(busy) + 1 < costs.cores:
-            return 0.0
-        return (own_s + seconds * sum([one._served_share for one in busy])) / costs.cores
+        return alone_s * (1 + share) + costs.step_s + rows_s
 
 
 class PipelineTime:

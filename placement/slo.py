@@ -29,12 +29,6 @@ class SloTargets:
     tpot_s: float
     attainment: float = DEFAULT_ATTAINMENT
 
-    def scaled(self, factor: float) -> SloTargets:
-        """Tighter (below 1) or looser targets for the same share."""
-        return SloTargets(
-            ttft_s=self.ttft_s * factor, tpot_s=self.tpot_s * factor, attainment=self.attainment
-        )
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SlowdownTargets:
@@ -43,6 +37,14 @@ class SlowdownTargets:
     ttft: Mapping[float, float]
     tpot: Mapping[float, float]
     e2e: Mapping[float, float]
+
+    def scaled(self, ttft: float, tpot: float) -> SlowdownTargets:
+        """Tighter or looser; end to end goes with TPOT, of which it mostly is."""
+        return SlowdownTargets(
+            ttft={rank: limit * ttft for rank, limit in self.ttft.items()},
+            tpot={rank: limit * tpot for rank, limit in self.tpot.items()},
+            e2e={rank: limit * tpot for rank, limit in self.e2e.items()},
+        )
 
 
 SPLITWISE_SLOWDOWNS = SlowdownTargets(
@@ -98,29 +100,6 @@ def meets_policy(attainments: Mapping[str, float], policy: SloPolicy) -> bool:
 def percentiles(column: Column, ranks: tuple[float, ...] = (50, 90, 95, 99)) -> tuple[float, ...]:
     """Interpolated percentiles, ranks in percent."""
     return tuple(float(value) for value in np.percentile(column, ranks))
-
-
-def slowdown_misses(
-    loaded: Mapping[str, Column],
-    unloaded: Mapping[str, Column],
-    targets: SlowdownTargets = SPLITWISE_SLOWDOWNS,
-) -> list[str]:
-    """The limits that are broken, as sentences; empty when all hold at once.
-
-    Both mappings have the columns ttft, tpot and e2e, one row a request. Requests whose
-    unloaded time is 0 (a single token has no TPOT) do not count.
-    """
-    misses = []
-    for name in ("ttft", "tpot", "e2e"):
-        rows = unloaded[name] > 0
-        if not rows.any():
-            continue
-        slowdown = loaded[name][rows] / unloaded[name][rows]
-        for rank, limit in getattr(targets, name).items():
-            value = float(np.percentile(slowdown, rank))
-            if not value <= limit:
-                misses.append(f"{name} p{rank:g} is {value:.2f}×, over {limit:g}×")
-    return misses
 
 
 def parse_slo(section: Mapping[str, Any], *, where: str = "slo") -> SloPolicy:

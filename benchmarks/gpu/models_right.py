@@ -117,7 +117,9 @@ class _Recorder:
     def __init__(self) -> None:
         self.logits: list[torch.Tensor] = []
 
-    def sample(self, logits: torch.Tensor, sequences: list[Any]) -> tuple[list[int], None]:
+    def sample(
+        self, logits: torch.Tensor, sequences: list[Any], positions: list[int]
+    ) -> tuple[list[int], None]:
         self.logits.append(logits.clone())
         return logits.argmax(-1).tolist(), None
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from live.checkpoint import checkpoint
 from phasewise.cluster.checkpoint import resolve
 from phasewise.configs.load import load_cluster
 from phasewise.configs.schema import ClusterConfig
@@ -17,6 +18,7 @@ from phasewise.placement.workload import Workload, WorkloadSpec
 from phasewise.placement.workload_file import read_workload
 
 CONFIGS = Path(__file__).parents[2] / "configs"
+FEWEST = 60  # requests
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -25,7 +27,7 @@ class Case:
 
     name: str
     config: str
-    overrides: tuple[str, ...]
+    changes: tuple[str, ...]  # to the file
     workload: str
     rates: tuple[float, ...]
     seconds: float  # of arrivals, at each rate
@@ -34,10 +36,20 @@ class Case:
     lengths: tuple[int, ...]  # of prompts that are calibrated with
     answer: int  # tokens
     idle_s: float  # what a calibration request takes at most, roughly
+    model: str = ""  # a random checkpoint of this shape instead of the file's
 
     @property
     def path(self) -> Path:
         return CONFIGS / self.config
+
+    @property
+    def measured(self) -> str:
+        """Cases of equal workers share a profile."""
+        return "-".join([self.config.removesuffix(".yaml"), *([self.model] if self.model else [])])
+
+    @property
+    def overrides(self) -> tuple[str, ...]:
+        return (*self.changes, *([f"model.path={checkpoint(self.model)}"] if self.model else []))
 
     def cluster(self) -> ClusterConfig:
         return resolve(load_cluster(self.path, self.overrides))
@@ -50,7 +62,7 @@ class Case:
 
     def load(self, rate_rps: float, seed: int) -> Workload:
         spec, _ = self.spec()
-        count = max(20, round(rate_rps * self.seconds))
+        count = max(FEWEST, round(rate_rps * self.seconds))
         return replace(spec, num_requests=count).build(seed, rate_rps=rate_rps)
 
     def twin(self, source: LatencySource | None, overheads: Overheads) -> Deployment:
@@ -64,11 +76,11 @@ ONE_THREAD = ("decode.threads=1",)
 
 
 def cpu_case(name: str, workload: str, rates: Sequence[float], seconds: float) -> Case:
-    pair = name.endswith("1p1d")
+    pair = "1p1d" in name
     return Case(
         name=name,
         config="local.yaml" if pair else "colocated.yaml",
-        overrides=("prefill.threads=1", *ONE_THREAD) if pair else ONE_THREAD,
+        changes=("prefill.threads=1", *ONE_THREAD) if pair else ONE_THREAD,
         workload=workload,
         rates=tuple(rates),
         seconds=seconds,
@@ -80,11 +92,22 @@ def cpu_case(name: str, workload: str, rates: Sequence[float], seconds: float) -
     )
 
 
+def larger_case(name: str, rates: Sequence[float]) -> Case:
+    """A model of 20 million parameters, beside whose steps host work is small, as in real use."""
+    return replace(
+        cpu_case(name, "workload-chat.yaml", rates, 20.0),
+        model="20M",
+        lengths=CPU_LENGTHS[:-1],
+        answer=60,
+        idle_s=0.6,
+    )
+
+
 def paced_case(name: str, replicas: tuple[int, int], rates: Sequence[float]) -> Case:
     return Case(
         name=name,
         config="paced-4p4d.yaml",
-        overrides=(f"prefill.replicas={replicas[0]}", f"decode.replicas={replicas[1]}"),
+        changes=(f"prefill.replicas={replicas[0]}", f"decode.replicas={replicas[1]}"),
         workload="workload-rehearsal.yaml",
         rates=tuple(rates),
         seconds=10.0,
@@ -101,6 +124,8 @@ CASES = {
     for case in (
         cpu_case("cpu-1p1d", "workload-chat.yaml", (4, 8, 12, 16, 22), 20.0),
         cpu_case("cpu-colocated", "workload-chat.yaml", (4, 8, 12, 16, 22), 20.0),
+        larger_case("cpu-1p1d-20M", (2, 3, 4, 5)),
+        larger_case("cpu-colocated-20M", (2, 3, 4, 5)),
         paced_case("paced-2p1d", (2, 1), (6, 12, 18, 24)),
         paced_case("paced-4p4d", (4, 4), (8, 16, 24, 32)),
     )

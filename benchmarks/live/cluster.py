@@ -40,9 +40,10 @@ class Served:
     late_s: float  # p99 of the sends' lateness
     client_share: float  # of a core
     others_share: float  # of a core, that processes of others took meanwhile
+    serving_s: float = 0.0  # core time of gateway and generator; 0: was not measured
 
 
-def served(run: Run, others_s: float) -> Served:
+def served(run: Run, others_s: float, serving_s: float) -> Served:
     ttft_s, tpot_s = latencies(run.samples)
     gaps = [sample.gaps_s[0] if sample.gaps_s else np.nan for sample in run.samples]
     return Served(
@@ -52,6 +53,7 @@ def served(run: Run, others_s: float) -> Served:
         late_s=float(np.percentile([sample.lateness_s for sample in run.samples], 99)),
         others_share=others_s / max(run.ended_s - run.began_s, 1e-9),
         client_share=run.cpu_s / max(run.ended_s - run.began_s, 1e-9),
+        serving_s=serving_s,
     )
 
 
@@ -104,6 +106,6 @@ async def offered(bench: Bench, workload: Workload) -> Served:
     """Offer a load whole, and wait until the cluster is idle again."""
     before = cpu_time()
     run = await bench.offer(workload)
-    others_s = cpu_time().others_since(before)
+    after = cpu_time()
     await bench.wait_idle()
-    return served(run, others_s)
+    return served(run, after.others_since(before), after.serving_s - before.serving_s)

@@ -16,6 +16,7 @@ class CpuTime:
 
     busy_s: float  # of anybody, the host's theft too
     own_s: float  # of this process and all that it has started
+    serving_s: float  # of this process and those it has started itself: `serve`, not its workers
 
     def others_since(self, before: CpuTime) -> float:
         """Core-seconds that others took."""
@@ -27,18 +28,26 @@ def cpu_time() -> CpuTime:
     user, nice, system, _, _, irq, softirq, steal = fields
     busy = user + nice + system + irq + softirq + steal
     own = sum(_ticks(pid) for pid in {os.getpid(), *processes_below(os.getpid())})
-    return CpuTime(busy_s=busy / TICKS_A_SECOND, own_s=own / TICKS_A_SECOND)
+    serving = sum(_ticks(pid) for pid in {os.getpid(), *processes_below(os.getpid(), depth=1)})
+    return CpuTime(
+        busy_s=busy / TICKS_A_SECOND,
+        own_s=own / TICKS_A_SECOND,
+        serving_s=serving / TICKS_A_SECOND,
+    )
 
 
-def processes_below(leader: int) -> set[int]:
-    """Every process that `leader` has started, and those they have."""
+def processes_below(leader: int, *, depth: int = 1 << 20) -> set[int]:
+    """Every process that `leader` has started, and those they have, `depth` times."""
     parents = {}
     for folder in Path("/proc").iterdir():
         if folder.name.isdigit():
             with contextlib.suppress(OSError):  # it has ended meanwhile
                 parents[int(folder.name)] = int(_stat(int(folder.name))[1])
     found: set[int] = set()
-    while more := {pid for pid, parent in parents.items() if parent in found | {leader}} - found:
+    for _ in range(depth):
+        more = {pid for pid, parent in parents.items() if parent in found | {leader}} - found
+        if not more:
+            break
         found |= more
     return found
 

@@ -30,7 +30,7 @@ from phasewise.placement.workload import Workload
 PROFILE_S = 45.0
 LAUNCH_S = 20.0  # to launch and end a cluster, roughly
 DRAIN_S = 4.0
-SEED = 3
+SEED = 5
 PROMPTS = 11  # seed of token ids; each load has its own
 WARM_UP, WARM_UP_TOKENS = 8, 16
 DISTURBED = 0.1  # of a core, taken by others: measured again, and not kept
@@ -45,7 +45,7 @@ class Folder:
     path: Path
 
     def profile(self, case: Case) -> Path:
-        return self.path / f"{case.config.removesuffix('.yaml')}-profile.json"
+        return self.path / f"{case.measured}-profile.json"
 
     def calibration_runs(self, case: Case) -> list[Path]:
         return [self.path / f"{case.name}-calibration-run-{i}.json" for i in range(REPEATS)]
@@ -77,10 +77,7 @@ def fill(case: Case, folder: Folder, *, until_s: float) -> bool:
     if loads and time.monotonic() + LAUNCH_S + duration_s(loads[0][1]) < until_s:
         asyncio.run(_measure(case, loads, until_s))
     left = {path for path, _ in missing(case, folder)}
-    if any(runs[0] in left for runs in _all_runs(case, folder)):
-        return False
-    calibrate(case, folder)
-    return True
+    return not any(runs[0] in left for runs in _all_runs(case, folder))
 
 
 def missing(case: Case, folder: Folder) -> list[tuple[Path, Workload]]:
@@ -134,20 +131,29 @@ async def warm_up(bench: Bench, case: Case) -> None:
 
 
 def calibrate(case: Case, folder: Folder) -> None:
-    run = read_runs(folder.calibration_runs(case))
+    """Anew where a run or the profile is younger than what was found."""
+    sources = [path for path in folder.calibration_runs(case) if path.exists()]
+    sources += [folder.profile(case)] if case.cores else []
+    path = folder.calibration(case)
+    if path.exists() and path.stat().st_mtime > max(s.stat().st_mtime for s in sources):
+        return
+    run, load = read_runs(folder.calibration_runs(case)), calibration_of(case)
+    if len(run.ttft_s) != load.num_requests:
+        raise SystemExit(f"{folder.calibration_runs(case)[0]} is of another load: remove it")
     source = source_of(case, folder)
     found = fit_overheads(
         lambda overheads: case.twin(source, overheads),
-        calibration_of(case),
+        load,
         run.ttft_s,
         run.tpot_s,
         cores=case.cores,
+        serving_s=run.serving_s,
     )
     origin = (
         f"measured {date.today()} on {case.name}; its own run is predicted within "
         f"{found.ttft_error:.1%} of TTFT and {found.tpot_error:.1%} of TPOT (medians)"
     )
-    write_calibration(found.overheads, origin, folder.calibration(case))
+    write_calibration(found.overheads, origin, path)
 
 
 def _columns(found: Served) -> dict[str, Any]:
@@ -162,7 +168,7 @@ def read_runs(paths: Sequence[Path]) -> Served:
     disturbed them."""
     documents = [json.loads(path.read_text()) for path in paths if path.exists()]
     both = {name: [document[name] for document in documents] for name in documents[0]}
-    columns = {"ttft_s", "tpot_s", "gap_s"}
+    columns = {"ttft_s", "tpot_s", "gap_s", "serving_s"}
     return Served(
         **{
             name: np.median(np.array(values, float), axis=0) if name in columns else max(values)

@@ -108,10 +108,16 @@ def _step(config: ClusterConfig, args: argparse.Namespace) -> int:
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("part")
     table.add_column("ms a step", justify="right")
+    table.add_column("while it computes", justify="right")
     for part, ms in found.parts_ms.items():
-        table.add_row(part, f"{ms:.3f}")
-    table.add_row("all but the model", f"{found.overhead_ms:.3f}")
-    head = f"{config.model.path.name}: {found.steps} decode steps of {found.rows:g} rows"
+        aside_ms = found.aside_ms.get(part)
+        table.add_row(part, f"{ms:.3f}", "" if aside_ms is None else f"{aside_ms:.3f}")
+    aside_ms = sum(found.aside_ms.values())
+    table.add_row("all but the model", f"{found.overhead_ms:.3f}", f"{aside_ms:.3f}")
+    head = (
+        f"{config.model.path.name}: {found.steps} decode steps of {found.rows:g} rows, "
+        f"{found.following} given out before the one before was back"
+    )
     print(f"{head}\n{to_text(table)}")
     return EXIT_OK
 

@@ -20,7 +20,7 @@ from ..cli import EXIT_INPUT, EXIT_OK, add_config_arguments
 EXAMPLES = """\
   phasewise validate configs/local.yaml
   phasewise validate configs/local.yaml --set kv.memory=64MiB --json
-  phasewise validate plan.yaml --without-weights --set model.path=configs/models/llama-3.1-8b
+  phasewise validate plan.yaml --without-weights
 """
 
 

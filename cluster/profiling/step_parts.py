@@ -10,12 +10,12 @@ import asyncio
 import multiprocessing
 import time
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ...configs.errors import InvalidConfig, PhasewiseError
 from ...engine.request import Request, SamplingParams
-from ...engine.step_clock import PARTS, StepSums
+from ...engine.step_clock import ASIDE, PARTS, StepSums
 from .. import wire
 from ..endpoint import WorkerServer
 from ..proto import worker_pb2 as pb
@@ -34,21 +34,28 @@ class StepParts:
 
     rows: float  # of a step
     steps: int
-    parts_ms: dict[str, float]
+    following: int  # steps that were given out before the one before had come back
+    parts_ms: dict[str, float]  # from one step's end to the next one's
+    aside_ms: dict[str, float]  # done by the loop meanwhile
 
     @property
     def overhead_ms(self) -> float:
-        """All but the model."""
+        """All but the model, of what a step waits for."""
         return sum(ms for part, ms in self.parts_ms.items() if part != "model")
 
     def as_json(self) -> dict[str, Any]:
-        parts = {part: round(ms, 4) for part, ms in self.parts_ms.items()}
         return {
             "rows": self.rows,
             "steps": self.steps,
-            "parts_ms": parts,
+            "following": self.following,
+            "parts_ms": _rounded(self.parts_ms),
+            "aside_ms": _rounded(self.aside_ms),
             "overhead_ms": round(self.overhead_ms, 4),
         }
+
+
+def _rounded(parts_ms: dict[str, float]) -> dict[str, float]:
+    return {part: round(ms, 4) for part, ms in parts_ms.items()}
 
 
 def measure_step_parts(spec: WorkerSpec, *, batch: int, steps: int) -> StepParts:
@@ -78,12 +85,17 @@ def measure_step_parts(spec: WorkerSpec, *, batch: int, steps: int) -> StepParts
     rows = (after.rows - before.rows) / count
     if rows < FULL * batch:  # prompts come in over a few steps, and leave so
         raise InvalidConfig("kv.memory", f"does not hold {batch} sequences at once", "give more")
-    parts = {part: (after.seconds[part] - before.seconds[part]) / count * 1e3 for part in PARTS}
-    return StepParts(rows=round(rows, 1), steps=count, parts_ms=parts)
+    return StepParts(
+        rows=round(rows, 1),
+        steps=count,
+        following=after.following - before.following,
+        parts_ms={p: (after.seconds[p] - before.seconds[p]) / count * 1e3 for p in PARTS},
+        aside_ms={p: (after.aside[p] - before.aside[p]) / count * 1e3 for p in ASIDE},
+    )
 
 
 def _copy(sums: StepSums) -> StepSums:
-    return StepSums(steps=sums.steps, rows=sums.rows, seconds=dict(sums.seconds))
+    return replace(sums, seconds=dict(sums.seconds), aside=dict(sums.aside))
 
 
 def _decode_apart(address: str, batch: int, max_tokens: int) -> None:

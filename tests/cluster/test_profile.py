@@ -50,6 +50,9 @@ class Machine:
         self.now_s += TRUTH.batch_s(features_of(batch)) * (1 + self.drift * self.now_s)
         return StepOutput(token_ids=[0] * batch.num_rows)
 
+    def begin(self, batch: Batch, layer_done: object = None, former: object = None) -> StepOutput:
+        return self.run(batch, layer_done)
+
 
 def all_steps(*, quick: bool = False) -> list[Step]:
     steps = prefill_steps(ROOM, quick=quick) + decode_steps(ROOM, quick=quick)
@@ -161,6 +164,9 @@ def test_a_live_workers_decode_step_is_told_part_by_part(
     assert all(ms > 0 for ms in parts.values())
     rest = sum(ms for part, ms in parts.items() if part != "model")
     assert told["overhead_ms"] == pytest.approx(rest, abs=1e-3)
+    assert 0 < told["following"] < told["steps"]
+    assert set(told["aside_ms"]) == {"schedule", "emit"}
+    assert all(ms > 0 for ms in told["aside_ms"].values())
 
 
 def test_a_batch_that_no_step_can_have_is_refused() -> None:

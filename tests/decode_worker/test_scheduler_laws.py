@@ -53,6 +53,7 @@ class DecodeLaws(RuleBasedStateMachine):
         self.now_s = 0.0
         self.serial = 0
         self.batch: Batch | None = None
+        self.following: Batch | None = None
         self.had_token: dict[str, int] = {}  # its preemptions when it got its last token
         self.open: dict[str, Sequence] = {}  # in the scheduler's hands
         self.grants: list[tuple[Sequence, list[int]]] = []  # pushes under way
@@ -202,19 +203,46 @@ class DecodeLaws(RuleBasedStateMachine):
         decoding = [self.had_token.get(s.id) == s.num_preemptions for s in batch.sequences]
         assert decoding == sorted(decoding, reverse=True), "decoding rows stand before chunks"
 
+    @precondition(lambda self: self.batch is not None and self.following is None)
+    @rule()
+    def look_ahead(self) -> None:
+        former = self.batch
+        assert former is not None
+        self.following = batch = self.decode.next_batch(self.now_s)
+        if batch is None:
+            return
+        assert batch.follows is not None and set(batch.counts) == {1}
+        for row, start, place in zip(batch.sequences, batch.starts, batch.follows, strict=True):
+            assert row is former.sequences[place] and start == former.starts[place] + 1
+            assert row.id in self.open and start + 1 < row.max_total_tokens
+            assert len(row.blocks) * BLOCK_SIZE > start
+
+    @precondition(lambda self: self.following is not None)
+    @rule()
+    def take_back(self) -> None:
+        self.following = None
+        self.decode.in_flight.take_back()
+
     @precondition(lambda self: self.batch is not None)
-    @rule(token_id=st.sampled_from([7, 7, 7, 7, 7, 7, 7, 7, EOS, 3]))
-    def advance(self, token_id: int) -> None:
-        batch, self.batch = self.batch, None
+    @rule(
+        token_id=st.sampled_from([7, 7, 7, 7, 7, 7, 7, 7, EOS, 3]), every=st.sampled_from([1, 2, 3])
+    )
+    def advance(self, token_id: int, every: int = 1) -> None:
+        """Each `every`-th row gets the token, the others one that ends nothing."""
+        batch, self.batch, self.following = self.batch, self.following, None
         assert batch is not None
+        if batch.follows is not None:  # it may have written until now
+            self.shadow.compute(batch)
         known = [row.num_tokens for row in batch.sequences]
         sampled = [row for row in range(batch.num_rows) if batch.samples(row)]
         expected = [row for row in sampled if batch.sequences[row].id in self.open]
-        token_ids = [token_id if batch.samples(row) else -1 for row in range(batch.num_rows)]
+        token_ids = [-1] * batch.num_rows
+        for row in sampled:
+            token_ids[row] = 7 if row % every else token_id
         progress = self.decode.advance(batch, StepOutput(token_ids=token_ids), self.now_s)
         assert progress.rows == expected
         assert progress.sequences == [batch.sequences[row] for row in expected]
-        assert progress.token_ids == [token_id] * len(expected)
+        assert progress.token_ids == [token_ids[row] for row in expected]
         ended = dict(progress.finished)
         for row in expected:
             sequence = batch.sequences[row]
@@ -223,10 +251,13 @@ class DecodeLaws(RuleBasedStateMachine):
             assert sequence.num_computed == sequence.num_tokens - 1
             self.had_token[sequence.id] = sequence.num_preemptions
             full = sequence.num_tokens == sequence.request.max_total_tokens
-            reason = FinishReason.STOP if token_id != 7 else FinishReason.LENGTH if full else None
+            stops = token_ids[row] != 7
+            reason = FinishReason.STOP if stops else FinishReason.LENGTH if full else None
             assert ended.get(sequence) == reason
             if reason is not None:
                 del self.open[sequence.id]
+        if self.batch is not None:  # it has what it computes, and begins
+            self.shadow.compute(self.batch)
 
     @invariant()
     def laws(self) -> None:
@@ -235,6 +266,9 @@ class DecodeLaws(RuleBasedStateMachine):
         self.decode.check()
         leased = [*(b for _, b in self.grants), *(b for _, b in self.fetches), *self.orphans]
         assert self.allocator.counts().leased == sum(map(len, leased))
+        for step in (self.batch, self.following):
+            for row in step.sequences if step is not None else ():
+                assert row.blocks, "a step in flight writes to blocks of its own"
         load = self.decode.load()
         if self.batch is None:
             assert load.running + load.waiting == len(self.open)
@@ -255,6 +289,8 @@ class DecodeLaws(RuleBasedStateMachine):
                     self.arrived(sequence, blocks)
             if self.batch is None:
                 self.next_batch()
+            if self.batch is not None and self.following is None:
+                self.look_ahead()
             if self.batch is not None:
                 self.advance(7)
             self.laws()

@@ -24,6 +24,10 @@ class Device:
         self.words = 0
 
     def tell(self, changes: Changes) -> None:
+        for origin, target in changes.moves:
+            assert target < origin
+            self.columns[:, target] = self.columns[:, origin]
+            self.tables[target] = self.tables[origin]
         packed = np.full(changes.num_words, -9, np.int64)
         changes.pack(packed)
         self.words = len(packed)
@@ -96,6 +100,26 @@ def test_a_steady_step_tells_nothing_but_new_blocks() -> None:
     assert told[0] == 3 * (1 + NUM_FIELDS) + 3 * 2 * 2
     # Positions 8 and 12 begin a block: one place and one id a row, and nothing else ever.
     assert told[1:] == [0, 0, 0, 6, 0, 0, 0]
+
+
+def test_rows_that_close_up_move_on_the_device_whose_tokens_the_host_does_not_know() -> None:
+    slots, device = DecodeSlots(MAX_ROWS, WIDTH), Device()
+    rows = [sequence_of(str(i), 5 + i) for i in range(5)]
+    seated = place(slots, device, rows)
+    device.draw(seated, [50, 51, 52, 53, 54])
+    slots.advanced()
+    left = [rows[2], rows[4], rows[3]]
+    for row in left:
+        row.blocks.append(77)
+    seated, changes = slots.place(left, [row.num_computed + 1 for row in left], draw_of)
+    device.tell(changes)
+    assert changes.rows == [(0, -1, 0, 0, 0, 0, 0)] * 2, "what falls empty, and nothing else"
+    assert device.columns[:2, seated].tolist() == [[52, 54, 53], [7, 9, 8]]
+    assert [
+        device.tables[slot, : len(row.blocks)].tolist()
+        for row, slot in zip(left, seated, strict=True)
+    ] == [row.blocks for row in left]
+    assert (device.columns[1, 3:] == -1).all()
 
 
 @pytest.mark.parametrize("seed", range(20))

@@ -179,7 +179,9 @@ class Recorder:
     def __init__(self) -> None:
         self.logits: list[torch.Tensor] = []
 
-    def sample(self, logits: torch.Tensor, sequences: list[Sequence]) -> tuple[list[int], None]:
+    def sample(
+        self, logits: torch.Tensor, sequences: list[Sequence], positions: list[int]
+    ) -> tuple[list[int], None]:
         self.logits.append(logits.clone())
         return logits.argmax(-1).tolist(), None
 

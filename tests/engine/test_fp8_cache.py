@@ -30,7 +30,7 @@ class Kept:
     """Greedy choice that keeps the last logits."""
 
     def sample(
-        self, logits: torch.Tensor, sequences: list[Sequence]
+        self, logits: torch.Tensor, sequences: list[Sequence], positions: list[int]
     ) -> tuple[list[int], list[TokenLogprobs | None] | None]:
         self.logits = logits.clone()
         return logits.argmax(-1).tolist(), None

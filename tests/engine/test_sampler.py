@@ -352,3 +352,35 @@ def test_a_sequence_that_ended_leaves_nothing_behind() -> None:
     gc.collect()
     assert gone() is None
     assert not sampler._plans
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {},
+        {"temperature": 0.7, "top_k": 5, "top_p": 0.9, "min_p": 0.1},
+        {"logit_bias": {3: 1.0}},
+        {"min_tokens": 2},
+        {"repetition_penalty": 1.1},
+        {"presence_penalty": 0.1},
+        {"frequency_penalty": 0.1},
+        {"logprobs": 0},
+    ],
+    ids=str,
+)
+def test_a_plain_draw_is_what_a_device_can_make_without_the_host(asked: dict[str, Any]) -> None:
+    one = sequence(**asked)
+    drawn = Sampler(VOCAB, frozenset({EOS})).draw_of(one)
+    assert one.request.sampling.is_plain_draw == (drawn is not None)
+
+
+def test_a_token_is_drawn_for_the_position_that_is_given() -> None:
+    """A step may run before its sequence was told the token before."""
+    logits, known = random_logits(1), sequence(temperature=1.0, seed=3)
+    for _ in range(20):
+        (expected,), _ = Sampler(VOCAB, frozenset()).sample(logits.clone(), [known])
+        (token,), _ = Sampler(VOCAB, frozenset()).sample(
+            logits.clone(), [sequence(temperature=1.0, seed=3)], [known.num_tokens]
+        )
+        assert token == expected
+        known.append(7)

@@ -67,3 +67,52 @@ def test_a_step_that_failed_counts_nowhere(scheduled: bool) -> None:
         clock.scheduled()
     clock.end(batch_of(1))
     assert clock.decode.steps == 1
+
+
+def test_what_the_loop_does_while_a_following_step_computes_is_summed_aside() -> None:
+    readings = iter([0.0, 1.0, 2.0, 3.0, 10.5, 11.0, 20.5, 21.5])
+    clock = StepClock(lambda: next(readings))
+    for _ in range(2):  # the second is given out while the first computes
+        clock.begin()
+        clock.scheduled()
+    clock.ran(StepTimes(begun_s=1.5, prepared_s=2.0, computed_s=9.0, ended_s=10.0))
+    clock.end(batch_of(1))
+    clock.ran(StepTimes(begun_s=10.25, prepared_s=11.0, computed_s=19.0, ended_s=20.0))
+    clock.end(batch_of(1))
+    assert clock.decode.seconds == {
+        "schedule": 1.0,
+        "prepare": 0.5 + 0.75,
+        "model": 7.0 + 8.0,
+        "sample": 1.0 + 1.0,
+        "emit": 1.0,
+        "switch": 0.5 + 0.25 + 0.5,
+    }
+    assert clock.decode.aside == {"schedule": 1.0, "emit": 0.5}
+    assert (clock.decode.steps, clock.decode.following) == (2, 1)
+    wall_s = 21.5  # from the first question to the last news, all on the path
+    assert sum(clock.decode.seconds.values()) == wall_s
+
+
+def test_a_recalled_step_counts_nowhere() -> None:
+    clock = StepClock()
+    for _ in range(2):
+        clock.begin()
+        clock.scheduled()
+    clock.recalled()
+    clock.ran(None)
+    clock.end(batch_of(1))
+    assert (clock.decode.steps, clock.decode.following) == (1, 0)
+    assert clock.decode.seconds["emit"] > 0 and clock.decode.aside["emit"] == 0
+
+
+def test_a_following_step_that_tells_no_times_computes_from_the_formers_end() -> None:
+    readings = iter([0.0, 0.0, 1.0, 1.0, 10.0, 11.0, 18.0, 19.0])
+    clock = StepClock(lambda: next(readings))
+    for _ in range(2):
+        clock.begin()
+        clock.scheduled()
+    for _ in range(2):
+        clock.ran(None)
+        clock.end(batch_of(1))
+    assert clock.decode.seconds["model"] == 10.0 + 8.0
+    assert clock.decode.seconds["switch"] == 0.0

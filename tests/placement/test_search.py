@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 from phasewise.configs.load import load_plan
 from phasewise.engine.errors import InvalidConfig
-from phasewise.placement.candidates import bundles_of
 from phasewise.placement.phase_search import PhaseSearch
 from phasewise.placement.plan import Infeasible, check_config, make_plan
 from phasewise.placement.problem import read_problem
 from phasewise.placement.search import Search
+from phasewise.placement.units import bundles_of
 
 from .plan_problems import plan, problem, silent, written
 

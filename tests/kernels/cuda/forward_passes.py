@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from phasewise.decode_worker.scheduler import DecodeLimits, DecodeScheduler
 from phasewise.engine import rank
-from phasewise.engine.batch import Batch
+from phasewise.engine.batch import Batch, StepOutput, Underway
+from phasewise.engine.blocks import BlockAllocator
 from phasewise.engine.request import Request, SamplingParams, TokenLogprobs
 from phasewise.engine.runner import Runner, build_runner
 from phasewise.engine.sequence import Sequence
@@ -85,6 +87,41 @@ def serve(
     )
 
 
+def serve_ahead(
+    directory: Path, requests: list[tuple[list[int], SamplingParams]], rows: int
+) -> Served:
+    """As the decode scheduler says: each step that can be is launched before the tokens of the one
+    before are asked for. `device_steps` are those that followed such a one."""
+    torch.set_num_threads(1)
+    runner = triton_runner(directory, max_decode_rows=8)
+    allocator = BlockAllocator(runner.layout.num_blocks, runner.layout.block_size)
+    limits = DecodeLimits(max_batch_size=rows, max_batch_tokens=rows + 40, max_model_len=96)
+    decode = DecodeScheduler(allocator, limits)
+    everyone = [_sequence(i, *request) for i, request in enumerate(requests)]
+    for sequence in everyone:
+        decode.add(sequence, 0.0)
+    tokens: dict[str, list[int]] = {sequence.id: [] for sequence in everyone}
+    step, followed = _launch(runner, decode, None), 0
+    while step is not None:
+        batch, begun = step
+        following = _launch(runner, decode, begun)
+        followed += following is not None
+        output = begun if isinstance(begun, StepOutput) else begun.output()
+        progress = decode.advance(batch, output, 0.0)
+        decode.check()
+        for sequence, token_id in zip(progress.sequences, progress.token_ids, strict=True):
+            tokens[sequence.id].append(token_id)
+        step = following or _launch(runner, decode, None)
+    return Served(tokens=list(tokens.values()), device_steps=followed, logprobs=[])
+
+
+def _launch(
+    runner: Runner, decode: DecodeScheduler, former: StepOutput | Underway | None
+) -> tuple[Batch, StepOutput | Underway] | None:
+    batch = decode.next_batch(0.0)
+    return None if batch is None else (batch, runner.begin(batch, None, former))
+
+
 class Recorder:
     """Chooses the tokens it was given, and keeps the logits it saw."""
 
@@ -92,7 +129,9 @@ class Recorder:
         self.tokens = list(tokens)
         self.logits: list[torch.Tensor] = []
 
-    def sample(self, logits: torch.Tensor, sequences: list[Sequence]) -> tuple[list[int], None]:
+    def sample(
+        self, logits: torch.Tensor, sequences: list[Sequence], positions: list[int]
+    ) -> tuple[list[int], None]:
         self.logits.append(logits.clone())
         return [self.tokens.pop(0)], None
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -138,6 +139,30 @@ def test_device_draws_are_those_of_the_cpu(
     # Log-probabilities come for the rows that asked, also where the device drew the others.
     assert [len(entries) for entries in served.logprobs] == [0, 0, 0, 0, 0, 3]
     assert all(len(entry.top) == 2 for entry in served.logprobs[-1])
+
+
+def test_steps_launched_before_the_tokens_before_are_read_give_the_same_tokens(
+    interpreted: Any, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """Rows that end by stop token, by length and after others; rows that are drawn; new blocks."""
+    directory = Case("Llama", tmp_path_factory.mktemp("ahead")).directory
+    runner = build_runner(directory, num_blocks=8, max_model_len=96, threads=1)
+    draws = [
+        SamplingParams(max_tokens=9, temperature=0.0),
+        SamplingParams(max_tokens=12, temperature=0.8, seed=3),
+        SamplingParams(max_tokens=7, temperature=1.3, top_p=0.7, top_k=40, seed=-5),
+        SamplingParams(max_tokens=9, temperature=1.0, min_p=0.05, seed=2**63 + 1),
+    ]
+    prompts = [[7 * n % 131 for n in range(10 + i)] for i in range(len(draws))]
+    expected = [_alone(runner, *request) for request in zip(prompts, draws, strict=True)]
+    stops = [streams[4] for streams in expected[:2]]
+    for row, stop in enumerate(stops):
+        draws[row] = replace(draws[row], stop_token_ids=(stop,))
+        expected[row] = expected[row][: expected[row].index(stop) + 1]
+    requests = list(zip(prompts, draws, strict=True))
+    served = interpreted(forward_passes.serve_ahead, directory, requests, rows=4)
+    assert served.tokens == expected
+    assert served.device_steps >= 6
 
 
 def _alone(runner: Runner, prompt: list[int], sampling: SamplingParams) -> list[int]:

@@ -1,0 +1,143 @@
+"""How firmly DistServe's published placements come out: other lengths, several seeds.
+
+For every lengths variant and seed all pairs of one prefill and one decode worker, of no more GPUs,
+are judged by recurrences, as its planner judges them by simulation; printed is the published pair's
+goodput a GPU against the best pair's, the mean over seeds with a 95% interval, and its rank. With
+`--splitwise` Splitwise's designs instead, with its step times as they are and under its
+simulator's assumption that a decode step takes as long as one of a single row.
+
+    python benchmarks/published_cases.py [--seeds 5] [--json] [--splitwise]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from phasewise.configs.load import load_plan
+from phasewise.placement.candidates import Placement, Pool, parse_compare
+from phasewise.placement.goodput import mean_interval
+from phasewise.placement.problem import Problem, WorkerShape, read_problem
+from phasewise.placement.search import Search
+from phasewise.placement.splitwise_mirror import with_free_batching
+from phasewise.placement.units import bundles_of
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+PUBLISHED = {"opt-13b-sharegpt": 2.30, "opt-66b-sharegpt": 0.957}  # req/s a GPU
+ONE = "{{mean: {mean}, sigma: {sigma}, max: 2047}}"
+LENGTHS: dict[str, tuple[str, ...]] = {
+    "its preparation of ShareGPT": (),
+    "single-turn ShareGPT": ("workload.trace=../tests/placement/data/nanoflow_sharegpt.csv.gz",),
+} | {
+    f"lognormal, sigma {sigma}": (
+        "workload.trace=null",
+        f"workload.lengths.prompt={ONE.format(mean=755.5, sigma=sigma)}",
+        f"workload.lengths.output={ONE.format(mean=200.3, sigma=sigma)}",
+    )
+    for sigma in (0.4, 0.8, 1.2)
+}
+DESIGNS = {
+    "HH": "25P8x1@h100 15D8x1@h100",
+    "HA": "25P8x1@h100 26D8x1@a100",
+    "AA": "45P8x1@a100 25D8x1@a100",
+    "baseline H100": "40D8x1@h100",
+    "baseline A100": "70D8x1@a100",
+}
+
+
+def silent(what: str, share: float) -> None:
+    """Reports nothing."""
+
+
+def distserve_rows(seeds: int) -> Iterator[dict[str, Any]]:
+    for name, published in PUBLISHED.items():
+        for words, overrides in LENGTHS.items():
+            problem = read_problem(load_plan(CONFIGS / f"plan-{name}.yaml", overrides), CONFIGS)
+            ratios, ranks, best = [], [], []
+            for seed in range(seeds):
+                own, others = pair_goodputs(problem, seed)
+                ratios.append(own / max(others))
+                ranks.append(1 + sum(other > own * 1.0001 for other in others))
+                best.append(own)
+            mean, half = mean_interval(ratios)
+            yield {
+                "case": name,
+                "lengths": words,
+                "per_gpu": sum(best) / seeds,
+                "published_per_gpu": published,
+                "of_the_best": mean,
+                "interval": [mean - half, mean + half],
+                "ranks": ranks,
+            }
+
+
+def pair_goodputs(problem: Problem, seed: int) -> tuple[float, list[float]]:
+    """Requests a second a GPU of the published pair, and of every pair that takes no more GPUs."""
+    search = Search(problem, silent, seed)
+    published = parse_compare(problem)
+    assert published is not None
+    found = []
+    for prefill in useful(search.phases.prefill_rps, problem.shapes):
+        for decode in useful(search.phases.decode_rps, problem.shapes):
+            if prefill.gpus + decode.gpus <= published.gpus:
+                pair = Placement(
+                    prefill=Pool(shape=prefill, count=1), decode=Pool(shape=decode, count=1)
+                )
+                found.append(search.judge(pair).per_gpu)
+    return search.judge(published).per_gpu, found
+
+
+def useful(goodput: Any, shapes: Sequence[WorkerShape]) -> list[WorkerShape]:
+    """Without shapes that serve less than half the best's a GPU in their phase."""
+    each = {shape.key: goodput(shape, 1) / shape.gpus for shape in shapes}
+    return [shape for shape in shapes if each[shape.key] >= max(each.values()) / 2]
+
+
+def splitwise_rows() -> Iterator[dict[str, Any]]:
+    path = CONFIGS / "plan-splitwise-conversation.yaml"
+    for words, free in (("its table", False), ("its simulator's decode", True)):
+        problem = read_problem(load_plan(path), CONFIGS)
+        if free:
+            problem = with_free_batching(problem)
+        search = Search(problem, silent)
+        for placement in {str(j.placement): j for j in search.run()[:3]}.values():
+            yield _design(words, "found", placement.placement, placement.rate_rps)
+        for name, text in DESIGNS.items():
+            config = replace(problem.config, search=replace(problem.config.search, compare=text))
+            placement = parse_compare(replace(problem, config=config))
+            assert placement is not None and bundles_of(placement, problem) is not None
+            yield _design(words, name, placement, search.judge(placement).rate_rps)
+
+
+def _design(words: str, name: str, placement: Placement, rate_rps: float) -> dict[str, Any]:
+    return {
+        "decode": words,
+        "design": name,
+        "placement": str(placement),
+        "goodput_rps": rate_rps,
+        "power_kw": placement.power_w / 1e3,
+        "cost_per_hour": placement.cost_per_hour,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--splitwise", action="store_true")
+    parser.add_argument("--json", action="store_true")
+    arguments = parser.parse_args()
+    rows = splitwise_rows() if arguments.splitwise else distserve_rows(arguments.seeds)
+    if arguments.json:
+        print(json.dumps(list(rows), indent=1))
+        return
+    for row in rows:
+        words = (f"{v:.3f}" if isinstance(v, float) else str(v) for v in row.values())
+        print("  ".join(words), flush=True)
+
+
+if __name__ == "__main__":
+    main()
