@@ -43,9 +43,10 @@ def test_a_transport_that_the_device_lacks_costs_no_pool() -> None:
         async with assemble(spec):
             raise AssertionError("NCCL needs a GPU")
 
+    gc.collect()  # what other tests of this process left
     before = pools_open()
     with pytest.raises(InvalidConfig, match="nccl") as refused:
         asyncio.run(asyncio.wait_for(work(), 30))
     del refused  # it holds the frames, and they what is mapped
     gc.collect()
-    assert pools_open() == before
+    assert pools_open() <= before

@@ -52,7 +52,7 @@ def test_streams_are_the_reference_through_two_pools(mode: str) -> None:
 
 @pytest.mark.parametrize("lost", ["decode-0", "prefill-0"])
 def test_streams_stay_exact_when_a_paced_worker_is_lost(lost: str) -> None:
-    prompts, streams = prompts_and_streams(12, 200)
+    prompts, streams = prompts_and_streams(12, 700)
 
     async def work() -> None:
         started = asyncio.Event()
@@ -60,7 +60,7 @@ def test_streams_stay_exact_when_a_paced_worker_is_lost(lost: str) -> None:
 
             async def stream(prompt: list[int]) -> list[int]:
                 tokens: list[int] = []
-                outputs = running.client.generate(token_ids=prompt, max_tokens=200, temperature=0)
+                outputs = running.client.generate(token_ids=prompt, max_tokens=700, temperature=0)
                 async for output in outputs:
                     tokens += output.token_ids
                     started.set()
