@@ -140,7 +140,9 @@ def test_nucleus_equals_a_plain_walk_down_the_sorted_weights(
     form = KeyFormat(len(tenths))
     keys = form.keys(logits.clone(), logits.amax(dim=1), torch.ones(1))
     floor = form.min_p_floor(min_p)
-    found = form.top_p_floor(keys, torch.tensor([floor]), torch.tensor([top_p]).double())
+    found = form.top_p_floor(
+        keys, torch.tensor([floor]), torch.tensor([top_p], dtype=torch.float64)
+    )
 
     ordered = sorted((k for k in keys[0].tolist() if k >= floor), reverse=True)
     needed = top_p * sum(k >> form.id_bits for k in ordered)

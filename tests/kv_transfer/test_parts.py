@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from phasewise.engine.errors import InvalidConfig
 from phasewise.engine.request import WorkerId
@@ -38,8 +38,6 @@ from phasewise.kv_transfer.shm import ShmWriter
 
 from .harness import LAYOUT, pool_bytes
 
-settings.register_profile("unhurried", deadline=None)  # a busy machine is no failure
-settings.load_profile("unhurried")
 blocks = st.lists(st.integers(0, 63), unique=True, min_size=1, max_size=20)
 
 
