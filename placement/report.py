@@ -65,7 +65,10 @@ def report_html(plan: Plan, flow: Provision | None, changes: Sequence[Sensitivit
 
 def _head(plan: Plan) -> str:
     best, placement = plan.best, plan.best.judged.placement
-    slo = plan.problem.slo.default
+    slo, slowdown = plan.problem.slo.default, plan.problem.slowdown
+    held, share = "Attainment", slo.attainment
+    if slowdown is not None:
+        held, share = f"Within {best.tightest} slowdown", slowdown.share_of(best.tightest)
     facts = [
         (
             "Goodput",
@@ -74,13 +77,13 @@ def _head(plan: Plan) -> str:
             f"{best.judged.low_rps:.2f} to {best.judged.high_rps:.2f}",
         ),
         ("A GPU", f"{best.judged.per_gpu:.2f}", "req/s", f"{placement.gpus} GPUs"),
-        ("TTFT p90", f"{best.ttft_ms[1]:.0f}", "ms", f"target {slo.ttft_s * 1e3:g}"),
-        ("TPOT p90", f"{best.tpot_ms[1]:.1f}", "ms", f"target {slo.tpot_s * 1e3:g}"),
+        ("TTFT p90", f"{best.ttft_ms[1]:.0f}", "ms", f"target {slo.ttft_s * 1e3:.4g}"),
+        ("TPOT p90", f"{best.tpot_ms[1]:.1f}", "ms", f"target {slo.tpot_s * 1e3:.4g}"),
         (
-            "Attainment",
+            held,
             f"{best.attainment:.1%}",
             "",
-            f"± {best.attainment_half:.1%}, target {slo.attainment:.0%}",
+            f"± {best.attainment_half:.1%}, target {share:.0%}",
         ),
         ("Cost", f"{placement.cost_per_hour:.2f}", "$/h", f"{placement.power_w / 1e3:.2f} kW"),
     ]
