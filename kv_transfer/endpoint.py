@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import zlib
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from typing import Any
 
@@ -78,6 +78,8 @@ class KVEndpoint:
         self._tasks: set[asyncio.Task[None]] = set()
         self._ticker: asyncio.Task[None] | None = None
         self._closed = False
+        self._due: deque[Action | Asked] = deque()
+        self._is_performing = False
 
     async def start(self) -> TransferAddress:
         """Listen; the address is for peers."""
@@ -322,25 +324,37 @@ class KVEndpoint:
                 self._perform(self._senders.drained(entry.lease))
 
     def _perform(self, actions: Sequence[Action | Asked]) -> None:
-        for action in actions:
-            match action:
-                case Send(number, message):
-                    if (pair := self._board.pairs.get(number)) is not None:
-                        self._board.send(pair, message)
-                case Answered(lease, granted):
-                    if (future := self._asks.get(lease)) is not None and not future.done():
-                        future.set_result(granted)
-                case Start(lease):
-                    self._outgoing.send_parked(lease)
-                case Stop(number, lease):
-                    self._stop(number, lease)
-                case Verify():
-                    self._spawn(self._verify(action))
-                case Ended():
-                    self._note(action)
-                    self._emit(action)
-                case Asked() | Released():
-                    self._emit(action)
+        """In order: what an action brings about (a send may find its pair broken) comes behind
+        those that are due already, or a lease would be released before it has ended."""
+        self._due += actions
+        if self._is_performing:
+            return
+        self._is_performing = True
+        try:
+            while self._due:
+                self._do(self._due.popleft())
+        finally:
+            self._is_performing = False
+
+    def _do(self, action: Action | Asked) -> None:
+        match action:
+            case Send(number, message):
+                if (pair := self._board.pairs.get(number)) is not None:
+                    self._board.send(pair, message)
+            case Answered(lease, granted):
+                if (future := self._asks.get(lease)) is not None and not future.done():
+                    future.set_result(granted)
+            case Start(lease):
+                self._outgoing.send_parked(lease)
+            case Stop(number, lease):
+                self._stop(number, lease)
+            case Verify():
+                self._spawn(self._verify(action))
+            case Ended():
+                self._note(action)
+                self._emit(action)
+            case Asked() | Released():
+                self._emit(action)
 
     def _emit(self, event: Asked | Ended | Released) -> None:
         self._events.put_nowait(event)
