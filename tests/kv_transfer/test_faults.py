@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import signal
 import socket
 from collections.abc import AsyncIterator, Callable
@@ -66,6 +67,20 @@ async def test_killed_sender_ends_the_lease_and_frees_its_blocks(
         assert (await decode.released()).blocks == tuple(TARGET)
         assert await decode.is_quiet(0.1)
         await still_serves(decode, transport)
+
+
+@bounded
+async def test_a_lease_given_up_as_its_sender_is_found_dead_ends_before_it_is_released() -> None:
+    """The abort's own word finds the pair broken and the process gone, which frees the blocks."""
+    async with pushing("shm", 2) as (decode, p, lease, _):
+        (pair,) = decode.endpoint._board.pairs.values()
+        p.signal(signal.SIGKILL)
+        os.waitid(os.P_PID, p.process.pid, os.WEXITED | os.WNOWAIT)  # nobody here has noticed
+        pair.sock.shutdown(socket.SHUT_WR)
+        decode.endpoint.abort(lease)
+        assert (await decode.ended()).outcome is Outcome.ABORTED
+        assert (await decode.released()).blocks == tuple(TARGET)
+        assert await decode.is_quiet(0.1)
 
 
 @points
