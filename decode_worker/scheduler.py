@@ -14,7 +14,7 @@ Policy, per step:
 
 While a step is in flight whose rows all decode, the next one may be given out before its tokens
 are known, where nobody could come in: the same rows, a position on. Whoever comes meanwhile waits
-for that one step more.
+for that one step more, if it has begun: else the worker takes it back (`in_flight`).
 """
 
 from __future__ import annotations

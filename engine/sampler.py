@@ -76,7 +76,6 @@ class _Row:
     index: int
     sequence: Sequence
     plan: _Plan
-
     position: int  # of the token to choose
 
     @property

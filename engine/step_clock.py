@@ -37,11 +37,6 @@ class StepSums:
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PARTS, 0.0))
     aside: dict[str, float] = field(default_factory=lambda: dict.fromkeys(ASIDE, 0.0))
 
-    @property
-    def overhead_s(self) -> float:
-        """Seconds that were not the model's."""
-        return sum(self.seconds.values()) - self.seconds["model"]
-
 
 @dataclass(slots=True)
 class _Open:

@@ -35,7 +35,6 @@ def test_the_parts_add_up_to_the_step_and_the_model_is_apart() -> None:
         "switch": 0.25,
     }
     assert sum(clock.decode.seconds.values()) == 4.25
-    assert clock.decode.overhead_s == 1.25
     assert (clock.decode.steps, clock.decode.rows) == (1, 2)
 
 
