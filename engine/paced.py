@@ -24,7 +24,7 @@ from .sequence import Sequence
 from .spec import ModelSpec
 from .step_time import StepTime, features_of
 
-SLACK_S = 0.005
+LATE_S = 0.05  # a step asked for later than this after the one before took a pause
 MOST_LAYERS = 8  # of a paced pool: one stands for several of the model's
 _BASE = 0x9E3779B97F4A7C15  # odd: its powers never vanish modulo 2^64
 _MASK = (1 << 64) - 1
@@ -50,10 +50,11 @@ def paced_layout(
 class PacedRunner:
     """Has what `ComputeThread` asks of a runner. One caller at a time.
 
-    Steps that follow each other closely form one schedule: a step that is asked for within
-    `SLACK_S` of the previous one's end begins at that end, so neither late wake-ups nor the
-    worker's own work between two steps add up. Real hardware hides that work, or its step times
-    were measured with it. Nothing spins: a core carries many paced workers.
+    Steps form one schedule: a step with a row that was there when the one before ended begins at
+    that end, though it is asked for later (up to `LATE_S`). So neither late wake-ups nor the
+    worker's own work between two steps add up, and what has come meanwhile never begins before it
+    came. Real hardware hides that work, or its step times were measured with it. Nothing spins: a
+    core carries many paced workers.
     """
 
     def __init__(
@@ -64,10 +65,11 @@ class PacedRunner:
         step_time: StepTime,
         *,
         max_model_len: int,
-        clock: Callable[[], float] = time.perf_counter,
+        clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
-        """`buffer` holds the pool's bytes and outlives this object."""
+        """`buffer` holds the pool's bytes and outlives this object. `clock` is the one of
+        `Request.arrival_s`."""
         self.spec = spec
         self.layout = layout
         self.max_model_len = max_model_len
@@ -99,7 +101,8 @@ class PacedRunner:
         """As `run`; `former` is what the step before returned, if the batch follows it."""
         assert former is None or isinstance(former, StepOutput), "a paced step ends as it returns"
         now_s = self._clock()
-        began_s = self._ended_s if 0 <= now_s - self._ended_s < SLACK_S else now_s
+        late = 0 <= now_s - self._ended_s < LATE_S and self._was_waited_for(batch)
+        began_s = self._ended_s if late else now_s
         seconds = self._step_time.batch_s(features_of(batch))
         output = self._compute(batch, former)
         if layer_done is not None:
@@ -115,6 +118,17 @@ class PacedRunner:
 
     def close(self) -> None:
         """Holds nothing."""
+
+    def _was_waited_for(self, batch: Batch) -> bool:
+        """Whether a row of the batch was there when the latest step should have ended: it goes on
+        from a step of this runner, or its prompt had come. Others may have come later."""
+        for sequence, start in zip(batch.sequences, batch.starts, strict=True):
+            if start and self._known.get(sequence) == start:
+                return True
+            own = start == sequence.cached_tokens  # else others computed the prompt
+            if own and sequence.request.arrival_s <= self._ended_s:
+                return True
+        return False
 
     def _wait(self, until_s: float) -> None:
         left_s = until_s - self._clock()

@@ -18,6 +18,7 @@ from live.machine import cpu_time, pin_workers
 from numpy.typing import NDArray
 from phasewise.cluster.client import AsyncClient
 from phasewise.cluster.commands.bench import Bench, Settings, open_bench
+from phasewise.cluster.heap import settle_heap
 from phasewise.cluster.loadgen.load import Run
 from phasewise.cluster.loadgen.report import latencies
 from phasewise.placement.slo import SloPolicy
@@ -68,7 +69,9 @@ async def running(
             settings = Settings(
                 spec=spec, policy=policy, timeout_s=TIMEOUT_S, prompt_seed=prompt_seed
             )
-            yield await open_bench(client, settings)
+            bench = await open_bench(client, settings)
+            settle_heap()
+            yield bench
 
 
 @contextlib.contextmanager

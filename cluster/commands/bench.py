@@ -4,8 +4,9 @@ An open loop: requests are sent when the workload says, whatever has been answer
 latency counts from that moment. Prompts are random token ids of the asked lengths, answers have
 exactly the asked lengths. A request attains its targets when it meets TTFT and TPOT both.
 
-WORKLOAD is a trace (Azure, Mooncake, Splitwise, Vidur, or JSON lines of one's own) or a YAML file
-with a `workload` section, as plan files have it, and optionally `slo` with targets of classes.
+WORKLOAD is a trace (Azure, BurstGPT, Mooncake, Splitwise, Vidur, or JSON lines of one's own) or a
+YAML file with a `workload` section, as plan files have it, and optionally `slo` with targets of
+classes.
 """
 
 from __future__ import annotations
@@ -30,12 +31,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from ...configs.errors import InvalidConfig
+from ...configs.values import parse_host_port
 from ...engine.errors import Unavailable
 from ...placement.slo import SloPolicy, SloTargets
 from ...placement.workload import Workload, WorkloadSpec
 from ...placement.workload_file import read_workload
-from ..cli import EXIT_OK, EXIT_RUNTIME
+from ..cli import EXIT_OK, EXIT_RUNTIME, without_nan
 from ..client import AsyncClient
+from ..heap import settle_heap
 from ..loadgen.goodput import Goodput, Hopeless, Trial, find_goodput, held
 from ..loadgen.load import Run, Sample, offer
 from ..loadgen.report import Report, render, report_of
@@ -123,8 +126,9 @@ def settings_of(args: argparse.Namespace) -> Settings:
         if value is not None and not 0 < value < math.inf:
             name = "--" + flag.replace("_", "-")
             raise InvalidConfig(name, f"{value:g} is not positive", "give more than 0")
-    if (args.num_requests or 0) > MOST_REQUESTS or not 0 <= args.warm_up <= MOST_REQUESTS:
-        raise InvalidConfig("--num-requests", "too many", f"give {MOST_REQUESTS} at most")
+    for flag, value in (("--num-requests", args.num_requests or 0), ("--warm-up", args.warm_up)):
+        if not 0 <= value <= MOST_REQUESTS:
+            raise InvalidConfig(flag, f"{value} requests", f"give {MOST_REQUESTS} at most")
     start_rps = 1.0 if args.find_goodput else None
     spec, policy = read_workload(args.workload, rate_rps=args.rate or start_rps)
     return Settings(
@@ -141,10 +145,9 @@ def settings_of(args: argparse.Namespace) -> Settings:
 
 
 def _seed(text: str) -> int:
-    value = int(text)
-    if value < 0:
-        raise ValueError("a seed is not negative")
-    return value
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number of 0 or more")
+    return int(text)
 
 
 def _policy(args: argparse.Namespace, file: SloPolicy | None) -> SloPolicy:
@@ -245,11 +248,16 @@ async def open_bench(client: AsyncClient, settings: Settings) -> Bench:
 
 async def _bench(args: argparse.Namespace) -> int:
     settings = settings_of(args)
+    try:
+        parse_host_port(args.address)
+    except ValueError as error:
+        raise InvalidConfig("--address", str(error), "as in 127.0.0.1:50051") from None
     async with AsyncClient(args.address) as client:
         try:
             bench = await open_bench(client, settings)
         except TimeoutError:
             raise Unavailable(f"{args.address} does not answer") from None
+        settle_heap()
         await bench.warm_up()
         if args.find_goodput:
             return await _find(bench, args)
@@ -325,15 +333,7 @@ def _goodput_text(goodput: Goodput, policy: SloPolicy) -> str:
 
 def as_json(document: dict[str, Any]) -> str:
     """One line a key; what has no value is null."""
-    return json.dumps(_plain(document), indent=1)
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _plain(below) for key, below in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(below) for below in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    return json.dumps(without_nan(document), indent=1)
 
 
 @contextlib.contextmanager

@@ -21,6 +21,7 @@ from ...configs.load import load_cluster
 from ...configs.schema import ClusterConfig
 from ..checkpoint import resolve
 from ..cli import EXIT_OK, EXIT_RUNTIME, add_config_arguments
+from ..heap import settle_heap
 
 if TYPE_CHECKING:
     from ..gateway import Gateway
@@ -82,6 +83,7 @@ async def _serve(config: ClusterConfig, *, as_json: bool) -> int:
         print("stopped before it was ready", file=sys.stderr)
         return EXIT_RUNTIME
     start.result()
+    settle_heap()
     print(await _ready(service.gateway, time.monotonic() - started_s, as_json=as_json), flush=True)
     await signals.first.wait()
     print(f"draining for up to {config.gateway.drain_s:g} s", file=sys.stderr, flush=True)

@@ -266,12 +266,21 @@ def test_the_workloads_that_come_with_the_package_are_valid(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "flags", [("--rate", "0"), ("--duration", "-1"), ("--attainment", "2"), ("--slo-ttft-ms", "0")]
+    "flags",
+    [
+        ("--rate", "0"),
+        ("--duration", "-1"),
+        ("--warm-up", "-1"),
+        ("--attainment", "2"),
+        ("--slo-ttft-ms", "0"),
+        ("--address", "127.0.0.1:99999"),  # gRPC would take 34463 for it
+        ("--address", "localhost"),
+    ],
 )
-def test_bad_flags_are_refused(flags: tuple[str, str]) -> None:
+def test_bad_flags_are_refused(flags: tuple[str, str], capsys: pytest.CaptureFixture[str]) -> None:
     workload = str(ROOT / "configs" / "workload-chat.yaml")
     words = ["bench", "--address", "127.0.0.1:1", "--workload", workload, "--rate", "1", *flags]
-    assert main(words) == EXIT_INPUT
+    assert main(words) == EXIT_INPUT and flags[0] in capsys.readouterr().err
 
 
 def measure(running: Any, **changes: Any) -> Any:

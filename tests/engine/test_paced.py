@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from phasewise.engine.batch import Batch
-from phasewise.engine.paced import MOST_LAYERS, SLACK_S, PacedRunner, continuation, paced_layout
+from phasewise.engine.paced import LATE_S, MOST_LAYERS, PacedRunner, continuation, paced_layout
 from phasewise.engine.request import Request, SamplingParams
 from phasewise.engine.sequence import Sequence
 from phasewise.engine.spec import ModelSpec, load_spec
@@ -39,12 +39,14 @@ def spec() -> ModelSpec:
     return load_spec(TINY)
 
 
-def runner_of(spec: ModelSpec, clock: Clock, num_blocks: int = 64) -> PacedRunner:
+def runner_of(
+    spec: ModelSpec, clock: Clock, num_blocks: int = 64, pool: bytearray | None = None
+) -> PacedRunner:
     layout = paced_layout(num_layers=80, num_blocks=num_blocks, block_size=16, fingerprint="")
     return PacedRunner(
         spec,
         layout,
-        bytearray(layout.num_bytes),
+        bytearray(layout.num_bytes) if pool is None else pool,
         STEP_TIME,
         max_model_len=512,
         clock=clock,
@@ -52,12 +54,13 @@ def runner_of(spec: ModelSpec, clock: Clock, num_blocks: int = 64) -> PacedRunne
     )
 
 
-def sequence_of(prompt: list[int], blocks: list[int]) -> Sequence:
+def sequence_of(prompt: list[int], blocks: list[int], arrival_s: float = 0.0) -> Sequence:
     request = Request(
         id="r",
         token_ids=tuple(prompt),
         num_prompt_tokens=len(prompt),
         sampling=SamplingParams(max_tokens=400),
+        arrival_s=arrival_s,
     )
     sequence = Sequence(request)
     sequence.blocks = blocks
@@ -115,9 +118,45 @@ def test_a_step_after_a_pause_takes_its_whole_time(spec: ModelSpec) -> None:
     runner = runner_of(spec, clock)
     sequence = sequence_of([7] * 10, list(range(30)))
     step(runner, sequence, 10)
-    clock.now_s += SLACK_S * 1.01
+    clock.now_s += LATE_S * 1.01
     before_s = clock.now_s
     step(runner, sequence, 1)
+    assert clock.now_s - before_s == pytest.approx(0.011 + 10 * 1e-6)
+
+
+@pytest.mark.parametrize("late_s", (0.001, 0.02, LATE_S * 0.99))
+def test_a_prompt_that_waited_begins_when_the_step_before_ended(
+    spec: ModelSpec, late_s: float
+) -> None:
+    clock = Clock()
+    runner = runner_of(spec, clock)
+    step(runner, sequence_of([7] * 100, list(range(10))), 100)
+    clock.now_s += late_s  # the host had other work
+    step(runner, sequence_of([7] * 50, list(range(10, 20)), arrival_s=100.019), 50)
+    assert clock.now_s == pytest.approx(max(100.020 + 0.015, 100.020 + late_s))
+
+
+@pytest.mark.parametrize("after_s", (0.001, 0.02))
+def test_a_prompt_that_came_after_the_step_before_begins_when_it_is_asked_for(
+    spec: ModelSpec, after_s: float
+) -> None:
+    clock = Clock()
+    runner = runner_of(spec, clock)
+    step(runner, sequence_of([7] * 100, list(range(10))), 100)
+    clock.now_s += after_s
+    step(runner, sequence_of([7] * 50, list(range(10, 20)), arrival_s=clock.now_s), 50)
+    assert clock.now_s == pytest.approx(100.020 + after_s + 0.015)
+
+
+def test_a_row_from_elsewhere_does_not_begin_before_it_came(spec: ModelSpec) -> None:
+    clock = Clock()
+    pool = bytearray(1 << 20)
+    there, here = runner_of(spec, clock, pool=pool), runner_of(spec, clock, pool=pool)
+    moved = sequence_of([7] * 10, list(range(30)))
+    step(here, sequence_of([3] * 10, list(range(30, 40))), 10)
+    step(there, moved, 10)  # meanwhile nobody computes here
+    before_s = clock.now_s
+    step(here, moved, 1)
     assert clock.now_s - before_s == pytest.approx(0.011 + 10 * 1e-6)
 
 
