@@ -8,9 +8,10 @@ STAMP := .venv/.installed
 demo: install
 	$(BIN)/phasewise demo
 
-# Two at a time, a file to a process: several files share a checkpoint or a cluster. A thread
-# each, else torch's own threads wait for one another on two cores.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 --dist loadfile
+# A file to a process, as its tests share a checkpoint or a cluster, in the order of conftest.py.
+# Three for two cores, as many tests wait for what others do; a thread each, else torch's own
+# threads wait for one another.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 3 --dist loadfile --no-loadscope-reorder
 
 test: install
 	$(PYTEST)

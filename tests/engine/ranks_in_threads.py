@@ -15,6 +15,11 @@ from phasewise.engine.ranks import RankHost
 from phasewise.engine.runner import Runner, build_runner
 
 
+def follow(address: str) -> None:
+    """The first follower, in a process of its own."""
+    build_follower(address, 1).run()
+
+
 def _follow(address: str, rank: int, followers: dict[int, Follower]) -> None:
     follower = followers[rank] = build_follower(address, rank)
     with contextlib.suppress(RankLost):  # the test's own leader went first

@@ -148,8 +148,16 @@ class Case:
         self.prompts = [
             [random.Random(length).randrange(131) for _ in range(length)] for length in LENGTHS
         ]
+        self._known: dict[tuple[int, ...], list[int]] = {}
 
     def generate(self, prompt: list[int], count: int = OUTPUT) -> list[int]:
+        """The greedy tokens, of which the first are the same however many are asked for."""
+        known = self._known.setdefault(tuple(prompt), [])
+        if len(known) < count:
+            known[:] = self._generate(prompt, count)
+        return known[:count]
+
+    def _generate(self, prompt: list[int], count: int) -> list[int]:
         _forget_lengths(self.model)
         ids = torch.tensor([prompt])
         out = self.model.generate(

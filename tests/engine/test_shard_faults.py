@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
+from multiprocessing.context import ForkServerProcess
 
 import pytest
 from phasewise.engine import ranks as ranks_module
@@ -16,12 +15,11 @@ from phasewise.engine.batch import Batch
 from phasewise.engine.errors import InvalidConfig, RankLost
 from phasewise.engine.ranks import RankHost
 from phasewise.engine.runner import Runner, build_runner
+from phasewise.tests.engine.ranks_in_threads import follow
 from phasewise.tests.engine.test_exactness import Case, _sequence
+from phasewise.tests.forked import forked
 
 LIMIT_S = 20.0
-Process = subprocess.Popen[bytes]
-FOLLOW = "import sys; from phasewise.engine.follower import build_follower; "
-FOLLOW += "build_follower(sys.argv[1], 1).run()"
 
 
 @pytest.fixture(scope="module")
@@ -30,9 +28,9 @@ def case(tmp_path_factory: pytest.TempPathFactory) -> Case:
 
 
 @pytest.fixture(params=[(2, 1), (1, 2)], ids=["tensor", "pipeline"])
-def pair(request: pytest.FixtureRequest, case: Case) -> Iterator[tuple[Runner, Process]]:
+def pair(request: pytest.FixtureRequest, case: Case) -> Iterator[tuple[Runner, ForkServerProcess]]:
     host = RankHost()
-    process = subprocess.Popen([sys.executable, "-c", FOLLOW, host.address])
+    process = forked(follow, host.address)
     runner = build_runner(
         case.directory,
         ranks=host,
@@ -47,7 +45,7 @@ def pair(request: pytest.FixtureRequest, case: Case) -> Iterator[tuple[Runner, P
     finally:
         runner.close()
         process.kill()
-        process.wait(LIMIT_S)
+        process.join(LIMIT_S)
 
 
 def _lost_within(runner: Runner, limit_s: float) -> bool:
@@ -70,17 +68,18 @@ def _step(runner: Runner, ends: list[BaseException | None]) -> None:
         ends.append(error)
 
 
-def test_a_follower_ends_when_its_leader_does(pair: tuple[Runner, Process]) -> None:
+def test_a_follower_ends_when_its_leader_does(pair: tuple[Runner, ForkServerProcess]) -> None:
     runner, process = pair
     ends: list[BaseException | None] = []
     _step(runner, ends)
     assert ends == [None]
     runner.close()
-    assert process.wait(LIMIT_S) == 0
+    process.join(LIMIT_S)
+    assert process.exitcode == 0
 
 
 def test_a_killed_follower_is_known_between_steps(
-    pair: tuple[Runner, Process],
+    pair: tuple[Runner, ForkServerProcess],
 ) -> None:
     runner, process = pair
     process.kill()
@@ -92,11 +91,12 @@ def test_a_killed_follower_is_known_between_steps(
 
 @pytest.mark.parametrize("then_kill", [True, False])
 def test_a_step_that_waits_for_a_stopped_follower_ends(
-    then_kill: bool, pair: tuple[Runner, Process], monkeypatch: pytest.MonkeyPatch
+    then_kill: bool, pair: tuple[Runner, ForkServerProcess], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     runner, process = pair
     if not then_kill:
         monkeypatch.setattr(ranks_module, "SILENCE_S", 1.0)
+    assert process.pid is not None
     os.kill(process.pid, signal.SIGSTOP)
     ends: list[BaseException | None] = []
     thread = threading.Thread(target=_step, args=(runner, ends), daemon=True)

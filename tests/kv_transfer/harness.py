@@ -6,12 +6,13 @@ import asyncio
 import contextlib
 import functools
 import json
+import os
 import signal
-import sys
+from asyncio import StreamReader, StreamWriter
 from collections.abc import AsyncIterator, Callable, Coroutine
 from dataclasses import asdict
-from pathlib import Path
-from typing import Any
+from multiprocessing.context import ForkServerProcess
+from typing import Any, TypeVar
 
 import numpy as np
 from phasewise.engine.layout import KVLayout
@@ -19,7 +20,10 @@ from phasewise.engine.request import TransferAddress, WorkerId
 from phasewise.kv_transfer.endpoint import KVEndpoint
 from phasewise.kv_transfer.events import Asked, Ended, Released, TransferConfig
 from phasewise.kv_transfer.memory import PoolMemory
+from phasewise.tests.forked import forked_with_lines
+from phasewise.tests.kv_transfer import peer_process
 
+Another = TypeVar("Another", bound="There")
 LAYOUT = KVLayout(
     num_layers=4,
     num_blocks=64,
@@ -29,7 +33,6 @@ LAYOUT = KVLayout(
     dtype="float32",
     fingerprint="tiny",
 )
-PROGRAM = Path(__file__).with_name("peer_process.py")
 BOUND_S = 20.0  # of every wait: a hang fails, slowness does not
 QUICK: dict[str, Any] = {"checksum": True, "silence_s": 0.8}
 LAYERED: dict[str, Any] = {**QUICK, "small_bytes": 0}
@@ -103,26 +106,27 @@ async def here(
 class There:
     """An endpoint in another process."""
 
-    def __init__(self, process: asyncio.subprocess.Process) -> None:
-        self.process = process
+    def __init__(
+        self, process: ForkServerProcess, reader: StreamReader, writer: StreamWriter
+    ) -> None:
+        self.process, self.reader, self.writer = process, reader, writer
         self.events: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
         self.answers: asyncio.Queue[Any] = asyncio.Queue()
         self.address: TransferAddress
 
     async def read(self) -> None:
-        assert self.process.stdout is not None
-        while line := await self.process.stdout.readline():
-            fields = json.loads(line)
-            if "done" in fields:
-                self.answers.put_nowait(fields["done"])
-            elif "event" in fields:
-                self.events.put_nowait(fields)
-            else:
-                self.answers.put_nowait(fields)
+        with contextlib.suppress(ConnectionResetError):  # killed with a command unread
+            while line := await self.reader.readline():
+                fields = json.loads(line)
+                if "done" in fields:
+                    self.answers.put_nowait(fields["done"])
+                elif "event" in fields:
+                    self.events.put_nowait(fields)
+                else:
+                    self.answers.put_nowait(fields)
 
     async def do(self, command: str, **arguments: Any) -> Any:
-        assert self.process.stdin is not None
-        self.process.stdin.write(json.dumps({"do": command, **arguments}).encode() + b"\n")
+        self.writer.write(json.dumps({"do": command, **arguments}).encode() + b"\n")
         return await asyncio.wait_for(self.answers.get(), BOUND_S)
 
     async def event(self, kind: str) -> dict[str, Any]:
@@ -131,7 +135,28 @@ class There:
         return fields
 
     def signal(self, number: signal.Signals) -> None:
-        self.process.send_signal(number)
+        """ProcessLookupError: it has ended."""
+        assert self.process.pid is not None
+        os.kill(self.process.pid, number)
+
+
+@contextlib.asynccontextmanager
+async def process_of(
+    kind: type[Another], main: Callable[[dict[str, Any]], None], setup: dict[str, Any]
+) -> AsyncIterator[Another]:
+    """What `main` does in a process of its own; killed at the end."""
+    process, sock = await asyncio.to_thread(forked_with_lines, main, setup)
+    reader, writer = await asyncio.open_connection(sock=sock)
+    another = kind(process, reader, writer)
+    reading = asyncio.create_task(another.read())
+    try:
+        yield another
+    finally:
+        process.kill()
+        await asyncio.to_thread(process.join, BOUND_S)
+        process.close()
+        reading.cancel()
+        writer.close()
 
 
 @contextlib.asynccontextmanager
@@ -145,22 +170,8 @@ async def there(
         "config": config,
         "layout": {**asdict(LAYOUT), **layout},
     }
-    process = await asyncio.create_subprocess_exec(
-        sys.executable,
-        str(PROGRAM),
-        json.dumps(setup),
-        stdin=asyncio.subprocess.PIPE,
-        stdout=asyncio.subprocess.PIPE,
-    )
-    worker = There(process)
-    reading = asyncio.create_task(worker.read())
-    try:
+    async with process_of(There, peer_process.main, setup) as worker:
         hello = await asyncio.wait_for(worker.answers.get(), BOUND_S)
         fields = hello["address"]
         worker.address = TransferAddress(**{**fields, "worker": WorkerId(**fields["worker"])})
         yield worker
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            process.kill()
-        await process.wait()
-        reading.cancel()

@@ -1,7 +1,5 @@
 """A worker's transfer half as a process of its own, driven by JSON lines.
 
-    python peer_process.py '{"name": ..., "incarnation": ..., "config": {...}, "layout": {...}}'
-
 Prints its address first; then answers each command line with one `{"done": ...}` line and prints
 each event as `{"event": ...}`. The pool starts filled with bytes that `name` and place decide.
 """
@@ -114,5 +112,6 @@ def tell(**fields: Any) -> None:
     print(json.dumps(fields, default=bytes.hex), flush=True)
 
 
-if __name__ == "__main__":
-    asyncio.run(PeerProcess(json.loads(sys.argv[1])).serve())
+def main(setup: dict[str, Any]) -> None:
+    """`{"name": ..., "incarnation": ..., "seed": ..., "config": {...}, "layout": {...}}`"""
+    asyncio.run(PeerProcess(setup).serve())

@@ -1,7 +1,5 @@
 """One rank of a worker's transfer half as a process of its own, driven by JSON lines.
 
-    python rank_process.py '{"rank": 0, "name": ..., "incarnation": ..., "tensor": 2, ...}'
-
 A leader prints where its followers come to, then, when all have, its address; it takes commands
 and prints events as `peer_process` does. A follower is told the leader's door and ends with it.
 """
@@ -99,7 +97,7 @@ async def follow(side: Side, rank: int, door: list[str]) -> None:
     await RankFollower(endpoint, side.steps[rank]).run(address, secret, rank)
 
 
-async def main(setup: dict[str, Any]) -> None:
+async def serve(setup: dict[str, Any]) -> None:
     split = Split(tensor=setup["tensor"], block_size=setup["block_size"])
     side = Side(setup["name"], small_spec(), split, setup["config"], setup["incarnation"])
     side.write(kv_of(setup["seed"]), setup["blocks"])
@@ -109,5 +107,6 @@ async def main(setup: dict[str, Any]) -> None:
         await follow(side, setup["rank"], setup["door"])
 
 
-if __name__ == "__main__":
-    asyncio.run(main(json.loads(sys.argv[1])))
+def main(setup: dict[str, Any]) -> None:
+    """`{"rank": 0, "name": ..., "incarnation": ..., "tensor": 2, ...}`"""
+    asyncio.run(serve(setup))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import os
+import contextlib
 import signal
 import socket
 from collections.abc import AsyncIterator, Callable
@@ -17,7 +17,7 @@ from phasewise.kv_transfer.events import Outcome, PeerUnavailable
 from phasewise.kv_transfer.layer_clock import LayerClock, finished_clock
 from phasewise.kv_transfer.messages import Beat, Grant, Message, framed, pack_blocks
 
-from .harness import LAYERED, LAYOUT, QUICK, Here, There, bounded, here, pool_bytes, there
+from .harness import BOUND_S, LAYERED, LAYOUT, QUICK, Here, There, bounded, here, pool_bytes, there
 
 gloo = pytest.param("gloo", marks=pytest.mark.slow)  # its processes load torch
 every = pytest.mark.parametrize("transport", ["shm", "tcp", gloo])
@@ -75,7 +75,7 @@ async def test_a_lease_given_up_as_its_sender_is_found_dead_ends_before_it_is_re
     async with pushing("shm", 2) as (decode, p, lease, _):
         (pair,) = decode.endpoint._board.pairs.values()
         p.signal(signal.SIGKILL)
-        os.waitid(os.P_PID, p.process.pid, os.WEXITED | os.WNOWAIT)  # nobody here has noticed
+        p.process.join(BOUND_S)  # nobody here has noticed
         pair.sock.shutdown(socket.SHUT_WR)
         decode.endpoint.abort(lease)
         assert (await decode.ended()).outcome is Outcome.ABORTED
@@ -393,10 +393,8 @@ def _babble(address: TransferAddress, data: bytes) -> None:
         sock = socket.create_connection((host, int(port)))
     with sock:
         sock.settimeout(5)
-        try:
+        with contextlib.suppress(OSError):  # hung up on: as it should
             sock.sendall(data)
             sock.shutdown(socket.SHUT_WR)
             while sock.recv(4096):
                 pass
-        except OSError:
-            pass  # hung up on: as it should

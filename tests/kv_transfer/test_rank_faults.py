@@ -6,15 +6,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
-import json
 import random
 import signal
-import sys
 from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -23,12 +20,12 @@ from phasewise.kv_transfer.events import Asked, Ended, Outcome, PeerUnavailable,
 from phasewise.kv_transfer.events import Side as Half
 from phasewise.kv_transfer.layer_clock import LayerClock
 from phasewise.kv_transfer.rank_wire import unpack_address
+from phasewise.tests.kv_transfer import rank_process
 
-from .harness import BOUND_S, There, bounded
+from .harness import BOUND_S, There, bounded, process_of
 from .rank_process import AHEAD, NUM_TOKENS, OVER, kv_of, small_spec
 from .sides import NUM_BLOCKS, Side, Split
 
-PROGRAM = Path(__file__).with_name("rank_process.py")
 CONFIG: dict[str, Any] = {"checksum": True, "small_bytes": 0, "silence_s": 0.6, "answer_s": 1.0}
 SOURCE = [9, 4, 7, 2]  # 16 tokens each
 HERE, THERE = 1, 2  # seeds of what is sent
@@ -38,8 +35,8 @@ _incarnations = itertools.count(1)
 class Process(There):
     """One rank of the worker that is harmed."""
 
-    def __init__(self, process: asyncio.subprocess.Process) -> None:
-        super().__init__(process)
+    def __init__(self, *ends: Any) -> None:
+        super().__init__(*ends)
         self.is_doomed = asyncio.Event()
 
     async def do(self, command: str, **arguments: Any) -> Any:
@@ -58,26 +55,6 @@ class Process(There):
 
 
 @asynccontextmanager
-async def rank_process(setup: dict[str, Any]) -> AsyncIterator[Process]:
-    process = await asyncio.create_subprocess_exec(
-        sys.executable,
-        str(PROGRAM),
-        json.dumps(setup),
-        stdin=asyncio.subprocess.PIPE,
-        stdout=asyncio.subprocess.PIPE,
-    )
-    rank = Process(process)
-    reading = asyncio.create_task(rank.read())
-    try:
-        yield rank
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            process.kill()
-        await process.wait()
-        reading.cancel()
-
-
-@asynccontextmanager
 async def worker_of_two(transport: str) -> AsyncIterator[list[Process]]:
     """Its leader, who has its address, and its follower; blocks of 16 tokens."""
     setup: dict[str, Any] = {
@@ -90,9 +67,10 @@ async def worker_of_two(transport: str) -> AsyncIterator[list[Process]]:
         "blocks": SOURCE,
         "config": {**CONFIG, "transport": transport},
     }
-    async with rank_process(setup) as leader:
+    async with process_of(Process, rank_process.main, setup) as leader:
         door = (await leader.line())["door"]
-        async with rank_process({**setup, "rank": 1, "door": door}) as follower:
+        setup |= {"rank": 1, "door": door}
+        async with process_of(Process, rank_process.main, setup) as follower:
             leader.address = unpack_address((await leader.line())["address"])
             yield [leader, follower]
 

@@ -10,7 +10,7 @@ import pytest
 from phasewise.kv_transfer.events import Outcome, PeerRefused, PeerUnavailable
 from phasewise.kv_transfer.layer_clock import LayerClock, finished_clock
 
-from .harness import LAYERED, LAYOUT, bounded, here, pool_bytes, there
+from .harness import BOUND_S, LAYERED, LAYOUT, bounded, here, pool_bytes, there
 from .wire import wire
 
 CONFIG = {**LAYERED, "transport": "tcp"}
@@ -27,7 +27,7 @@ async def test_a_restart_on_the_same_port_is_a_new_peer_and_inherits_nothing() -
         old = await first.do("park", blocks=[1, 2], num_tokens=20, digest=5)
         await decode.endpoint.connect(address)
         first.signal(signal.SIGKILL)
-        await first.process.wait()
+        first.process.join(BOUND_S)
         async with there("p", 3, CONFIG, incarnation=2) as second:
             relay.lead_to(second.address)
             with pytest.raises((PeerRefused, PeerUnavailable)):

@@ -78,9 +78,11 @@ def test_a_shared_system_prompt_is_computed_once_for_all_requests_at_once(
 def test_chats_of_eight_turns_are_exact_and_hit_more_with_every_turn(
     mode: str, case: Callable[[str], Case]
 ) -> None:
-    reference, draw = case("llama"), random.Random(2)
+    reference = case("llama")
 
-    async def chat(running: Cluster, history: list[int]) -> None:
+    async def chat(running: Cluster, number: int) -> None:
+        draw = random.Random(20 + number)  # its own: what is said depends on no other chat
+        history = tokens(draw, 40 + number)
         for turn in range(8):
             history = history + tokens(draw, 23)
             expected = reference.generate(history, 20)
@@ -92,7 +94,7 @@ def test_chats_of_eight_turns_are_exact_and_hit_more_with_every_turn(
 
     async def work() -> None:
         async with cluster(reference.directory, **MODES[mode]) as running:
-            await asyncio.gather(*(chat(running, tokens(draw, 40 + i)) for i in range(3)))
+            await asyncio.gather(*(chat(running, number) for number in range(3)))
             assert await running.leftovers() == {}
 
     run(work())
