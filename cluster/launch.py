@@ -1,9 +1,10 @@
 """Worker processes on Ray: placed, started, watched and ended. The only door of Ray.
 
 Promises: everything asked for is placed, or one error names what is missing and nothing is left
-behind; a worker is one actor in a placement group of its own, which its next incarnation takes
-over. A Ray started here lives and dies with this process: it listens on the loopback address,
-asks a token of whoever connects, and writes only into the run's folder.
+behind; each rank of a worker is an actor in its bundle of a placement group (`bundles`), which the
+worker's next incarnation takes over. A Ray started here lives and dies with this process: it
+listens on the loopback address, asks a token of whoever connects, and writes only into the run's
+folder.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import secrets
 import socket
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
 
@@ -23,9 +25,10 @@ from ..configs.errors import InvalidConfig
 from ..configs.schema import RayConfig
 from ..engine.request import WorkerId
 from . import processes
+from .bundles import KINDS, Group, Place, check_room, listed
 from .processes import Process
 from .reaper import Reaper
-from .resources import Resources, check_room, resources_here
+from .resources import Resources, resources_here
 from .run_folder import RunFolder
 from .spec import WorkerSpec
 from .worker_actor import FollowerActor, LaunchError, Refused, Started, WorkerActor
@@ -49,11 +52,21 @@ log = logging.getLogger(__name__)
 
 OBJECT_STORE_BYTES = 80 << 20  # the least that Ray takes; nothing of ours travels through it
 PLACE_S = 30.0
+PLACED_S = 1  # to hear that a group still is; Ray takes whole seconds
 END_S = 5.0  # for a process to end by itself before it is killed
 KILL_S = 1.0  # the same where nothing is left for it to do
 LOG_LINES = 12
 
 T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Seat:
+    """A rank's place: a bundle of a placement group, and what it takes of that."""
+
+    group: str
+    bundle: int
+    asks: Resources
 
 
 class PlacedWorker(WorkerActor):
@@ -66,19 +79,27 @@ class PlacedWorker(WorkerActor):
         return self.listen(ray.util.get_node_ip_address())
 
 
+class PlacedFollower(FollowerActor):
+    """The same for a rank above 0, whose node need not be its leader's."""
+
+    def follow_on_node(self, address: str) -> str:
+        return self.follow(address, ray.util.get_node_ip_address())
+
+
 class RayLauncher:
     """Opened once, closed once. Calls that block run on one thread, which lives as long as the
     Ray that it started: the kernel ends Ray's processes with the thread that made them."""
 
-    def __init__(self, config: RayConfig, asked: Mapping[str, Sequence[Resources]]) -> None:
-        """`asked` is what each rank of each worker takes, by the worker's name."""
+    def __init__(self, config: RayConfig, groups: Sequence[Group]) -> None:
+        """`groups` hold a place for every rank of every worker."""
         self._address = config.address
-        self._asked = asked
+        self._asked = groups
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="ray")
         self._folder: RunFolder | None = None
         self._reaper: Reaper | None = None
         self._others: set[Process] = set()  # children that are not Ray's
         self._groups: dict[str, PlacementGroup] = {}
+        self._seats: dict[Place, Seat] = {}
         self._actors: dict[WorkerId, Any] = {}
         self._processes: dict[WorkerId, Process] = {}  # of workers on this machine
         self._followers: dict[WorkerId, list[Any]] = {}  # actors of the ranks above 0
@@ -89,7 +110,7 @@ class RayLauncher:
         Raises InvalidConfig or LaunchError."""
         if self._address is None:
             has = resources_here()
-            check_room(self._asked, has)
+            check_room(self._asked, {"this machine": has})
             await self._run(lambda: self._start_ray(has))
             connected()
             assert self._reaper is not None
@@ -97,7 +118,7 @@ class RayLauncher:
         else:
             await self._run(self._join_ray)
             connected()
-            check_room(self._asked, await self._run(ray.cluster_resources))
+            check_room(self._asked, await self._run(_nodes))
         await self._run(self._place)
 
     async def start(self, spec: WorkerSpec) -> Started:
@@ -155,6 +176,7 @@ class RayLauncher:
         return await asyncio.get_running_loop().run_in_executor(self._thread, call)
 
     async def _start(self, spec: WorkerSpec) -> Started:
+        await self._run(partial(self._tell_lost_place, spec.worker))
         create = partial(self._create, spec, 0, PlacedWorker, spec)
         actor = self._actors[spec.worker] = await self._run(create)
         if spec.num_ranks > 1:
@@ -179,27 +201,37 @@ class RayLauncher:
         try:
             address = await _result(listen.remote())
             for rank in range(1, spec.num_ranks):
-                create = partial(self._create, spec, rank, FollowerActor, spec, rank)
+                create = partial(self._create, spec, rank, PlacedFollower, spec, rank)
                 followers.append(await self._run(create))
             for where in [await _result(follower.where.remote()) for follower in followers]:
                 process = processes.find(where.pid) if where.host == socket.gethostname() else None
                 if process is not None:
                     self._followed.setdefault(spec.worker, []).append(process)
             for follower in followers:
-                follower.follow.remote(address)
+                follow = follower.follow if self._address is None else follower.follow_on_node
+                follow.remote(address)
         except RayError as error:
             raise LaunchError(f"{spec.worker} did not start: {_first_line(error)}") from error
 
+    def _tell_lost_place(self, worker: WorkerId) -> None:
+        """A node that is gone took its bundles along; Ray looks for another one for them."""
+        group = self._groups[self._seats[worker.name, 0].group]
+        if not group.wait(PLACED_S):
+            log.warning(
+                "%s waits for a place: Ray has lost one, and has %s", worker, listed(_nodes())
+            )
+
     def _create(self, spec: WorkerSpec, rank: int, kind: type, *arguments: Any) -> Any:
         """An actor of a worker's rank, in that rank's place."""
-        asked = self._asked[spec.worker.name][rank]
+        seat = self._seats[spec.worker.name, rank]
         options: dict[str, Any] = {
-            "num_cpus": asked["CPU"],
-            "num_gpus": asked.get("GPU", 0.0),
+            "num_cpus": seat.asks["CPU"],
+            "num_gpus": seat.asks.get("GPU", 0.0),
+            "resources": {kind: n for kind, n in seat.asks.items() if kind not in KINDS},
             "max_concurrency": 3,  # start, wait and stop
             "max_restarts": 0,  # the supervisor's: a restarted worker is a new incarnation
             "scheduling_strategy": PlacementGroupSchedulingStrategy(
-                self._groups[spec.worker.name], placement_group_bundle_index=rank
+                self._groups[seat.group], placement_group_bundle_index=seat.bundle
             ),
         }
         return ray.remote(kind).options(**options).remote(*arguments)
@@ -228,16 +260,20 @@ class RayLauncher:
             ) from error
 
     def _place(self) -> None:
-        """A group each, all or none."""
-        for name, asked in self._asked.items():
-            self._groups[name] = placement_group(
-                [dict(rank) for rank in asked], strategy="STRICT_PACK"
+        """Every group, or none."""
+        for group in self._asked:
+            self._groups[group.name] = placement_group(
+                [bundle.asks for bundle in group.bundles], strategy="STRICT_SPREAD"
             )
+            for index, bundle in enumerate(group.bundles):
+                for place, asks in bundle.ranks.items():
+                    self._seats[place] = Seat(group=group.name, bundle=index, asks=asks)
         for name, group in self._groups.items():
             if not group.wait(PLACE_S):
                 raise InvalidConfig(
                     "ray.address",
-                    f"Ray has no free place for {name} within {PLACE_S:g} s",
+                    f"Ray has no free place for {name} within {PLACE_S:g} s, with "
+                    f"{listed(_nodes())}",
                     "end what else runs there, or lower replicas",
                 )
 
@@ -293,6 +329,18 @@ def _init_ray(**options: Any) -> None:
         ray.init(configure_logging=False, log_to_driver=False, **options)
     except (RayError, OSError, RuntimeError, ValueError, TimeoutError) as error:
         raise LaunchError(f"Ray does not run: {_first_line(error)}") from error
+
+
+def _nodes() -> dict[str, Resources]:
+    """What each live node of Ray has, by its address; a part of its id tells equal ones apart."""
+    alive = [node for node in ray.nodes() if node["Alive"]]
+    addresses = [node["NodeManagerAddress"] for node in alive]
+    return {
+        address if addresses.count(address) == 1 else f"{address} ({node['NodeID'][:6]})": node[
+            "Resources"
+        ]
+        for address, node in zip(addresses, alive, strict=True)
+    }
 
 
 async def _result(reference: Any) -> Any:

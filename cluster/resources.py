@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from ..configs.errors import InvalidConfig
 from ..configs.schema import ClusterConfig, DecodeConfig, PrefillConfig
 from ..engine.request import WorkerId
 from .spec import WorkerSpec, num_ranks
 
 SHARE = 0.25  # of a CPU, asked by a worker that shares cores or computes elsewhere
 PACED_SHARE = 0.05  # by a worker that sleeps through its steps
+TRACE = 0.001  # of a node's one accelerator_type, which says of what kind its GPUs are
 
-Resources = Mapping[str, float]  # by Ray's names: CPU, GPU
+Resources = Mapping[str, float]  # by Ray's names: CPU, GPU, accelerator_type:KIND
 
 
 def worker_specs(config: ClusterConfig, cores: int) -> list[WorkerSpec]:
@@ -47,15 +47,6 @@ def worker_specs(config: ClusterConfig, cores: int) -> list[WorkerSpec]:
     return prefills + decodes
 
 
-def worker_resources(config: ClusterConfig) -> dict[str, list[Resources]]:
-    """What each worker asks, by its name: an entry for each of its ranks."""
-    return {
-        name: [_asks(pool)] * num_ranks(pool)
-        for role, pool in (("prefill", config.prefill), ("decode", config.decode))
-        for name in _names(role, pool)
-    }
-
-
 def resources_here() -> Resources:
     """CPUs and GPUs that this process may use. Starts nothing and imports no driver."""
     gpus = sum(path.name.removeprefix("nvidia").isdigit() for path in Path("/dev").glob("nvidia*"))
@@ -66,34 +57,16 @@ def resources_here() -> Resources:
     return {"CPU": float(len(os.sched_getaffinity(0))), "GPU": float(gpus)}
 
 
-def check_room(asked: Mapping[str, Sequence[Resources]], has: Resources) -> None:
-    """Raises InvalidConfig when the workers together ask for more than there is."""
-    for kind in ("GPU", "CPU"):
-        count = sum(rank.get(kind, 0.0) for ranks in asked.values() for rank in ranks)
-        if count > has.get(kind, 0.0) + 1e-6:
-            roles = {name.rpartition("-")[0] for name in asked if kind in asked[name][0]}
-            raise InvalidConfig(
-                " and ".join(f"{role}.replicas" for role in sorted(roles, reverse=True)),
-                f"{len(asked)} workers ask for {count:g} {kind}, Ray has {has.get(kind, 0.0):g}",
-                _remedy(kind),
-            )
-
-
 def _names(role: str, pool: PrefillConfig | DecodeConfig) -> list[str]:
     return [f"{role}-{index}" for index in range(pool.replicas)]
 
 
-def _asks(pool: PrefillConfig | DecodeConfig) -> Resources:
-    """Threads that the file asks for are cores of the worker's own; one that names none shares
-    cores, but not without limit."""
+def asks_of(pool: PrefillConfig | DecodeConfig) -> Resources:
+    """What each rank of a pool's workers takes. Threads that the file asks for are cores of the
+    worker's own; one that names none shares cores, but not without limit."""
     if pool.device == "cuda":
-        return {"GPU": 1.0, "CPU": SHARE}
+        kind = {f"accelerator_type:{pool.accelerator}": TRACE} if pool.accelerator else {}
+        return {"GPU": 1.0, "CPU": SHARE, **kind}
     if pool.device == "paced":
         return {"CPU": PACED_SHARE}
     return {"CPU": pool.threads / num_ranks(pool) if pool.threads else SHARE}
-
-
-def _remedy(kind: str) -> str:
-    if kind == "GPU":
-        return "lower replicas, set device to cpu, or join a larger Ray with ray.address"
-    return f"lower replicas or threads; with threads 0 a worker asks for {SHARE:g} CPU"

@@ -13,9 +13,10 @@ import time
 from collections.abc import Callable
 
 from ..configs.schema import ClusterConfig
+from .bundles import groups_of
 from .gateway import Gateway, GatewaySettings
 from .launch import RayLauncher
-from .resources import worker_resources, worker_specs
+from .resources import worker_specs
 from .router import RouterLimits
 from .served_model import load_served_model
 from .supervisor import RestartPolicy, Supervisor
@@ -40,7 +41,7 @@ class Service:
             config.model.path, name=name, max_model_len=config.model.max_model_len
         )
         self.gateway = Gateway(served, gateway_settings(config))
-        self._launcher = RayLauncher(config.ray, worker_resources(config))
+        self._launcher = RayLauncher(config.ray, groups_of(config))
         self._supervisor = Supervisor(
             self._launcher,
             self.gateway.fleet,

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from ..configs.errors import InvalidConfig, PhasewiseError
+from .heap import settle_heap
 from .spec import WorkerSpec
 
 if TYPE_CHECKING:
@@ -75,6 +76,7 @@ class WorkerActor:
 
             self._server = WorkerServer(spec, self._ranks)
             address = self._server.start()
+            settle_heap()
         except InvalidConfig as error:  # as values: named errors do not survive pickling
             return Refused(key=error.where, reason=error.reason, remedy=error.remedy)
         except PhasewiseError as error:
@@ -107,12 +109,13 @@ class FollowerActor:
         """The process, before it does anything."""
         return Started(address="", pid=os.getpid(), host=socket.gethostname())
 
-    def follow(self, address: str) -> str:
-        """Why it ended."""
+    def follow(self, address: str, host: str | None = None) -> str:
+        """Why it ended. Its own servers listen on `host`, or on what the spec says."""
         from .follower import follow
 
+        spec = self.spec if host is None else replace(self.spec, host=host)
         try:
-            follow(self.spec, self.rank, address)
+            follow(spec, self.rank, address)
         except PhasewiseError as error:  # told to the leader too, or by it
             return str(error)
         return "its leader ended"

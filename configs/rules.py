@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from .errors import InvalidConfig
-from .schema import ClusterConfig, PacedConfig
+from .node_rules import check_nodes
+from .schema import ClusterConfig, DecodeConfig, PacedConfig, PrefillConfig, RayConfig
 from .values import parse_host_port
 
 
@@ -14,6 +15,7 @@ def check_rules(config: ClusterConfig) -> None:
     _check_devices(config)
     _check_paced(config)
     _check_addresses(config)
+    check_nodes(config)
 
 
 def _check_phases(config: ClusterConfig) -> None:
@@ -58,12 +60,25 @@ def _check_splits(config: ClusterConfig) -> None:
 def _check_devices(config: ClusterConfig) -> None:
     pools = (("prefill", config.prefill), ("decode", config.decode))
     for name, pool in pools:
+        _check_accelerator(name, pool, config.ray)
         if pool.device != "cpu" and pool.threads:
             raise InvalidConfig(
                 f"{name}.threads",
                 f"{pool.threads}, while {name}.device is {pool.device}: the CPU does not compute",
                 f"leave {name}.threads out",
             )
+
+
+def _check_accelerator(name: str, pool: PrefillConfig | DecodeConfig, ray: RayConfig) -> None:
+    """Ray's name of a GPU chooses among the nodes of a Ray that has several kinds."""
+    if not pool.accelerator or (pool.device == "cuda" and ray.address is not None):
+        return
+    where = "ray.address is null: this machine has what it has"
+    if pool.device != "cuda":
+        where = f"{name}.device is {pool.device}: no GPU computes"
+    raise InvalidConfig(
+        f"{name}.accelerator", f"{pool.accelerator}, while {where}", f"leave {name}.accelerator out"
+    )
 
 
 def _check_paced(config: ClusterConfig) -> None:

@@ -7,6 +7,7 @@ or the machines is checked where those are known.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
@@ -78,6 +79,9 @@ class PrefillConfig:
     """Devices that hold a stage of layers each."""
     device: Device = "cpu"
     """What a worker computes on."""
+    accelerator: str = ""
+    """The GPUs that a worker takes, where Ray has several kinds, by its name for them as in H100
+    (what follows accelerator_type: among a node's resources). "": any."""
     threads: CountOrZero = 0
     """CPU threads of a worker. 0: the machine's cores divided by its workers."""
     max_batch_tokens: Count = 2048
@@ -99,6 +103,9 @@ class DecodeConfig:
     """Devices that hold a stage of layers each."""
     device: Device = "cpu"
     """What a worker computes on."""
+    accelerator: str = ""
+    """The GPUs that a worker takes, where Ray has several kinds, by its name for them as in H100
+    (what follows accelerator_type: among a node's resources). "": any."""
     threads: CountOrZero = 0
     """CPU threads of a worker. 0: the machine's cores divided by its workers."""
     max_batch_size: Count = 64
@@ -211,6 +218,13 @@ class RayConfig:
 
     address: Annotated[str, HostPort(words=("auto",))] | None = None
     """null: a Ray of our own on this machine. auto or host:port: join one that runs."""
+    nodes: Mapping[str, Mapping[str, Count]] = field(default_factory=dict)
+    """Which devices of which workers lie on one node, by a name of the file's own for each node:
+    {a: {prefill-0: 2, decode-0: 4}, b: {prefill-0: 2, decode-0: 4}}. Each is another node of Ray.
+    A worker's pipeline stages go to its nodes in the order that these have here. All workers are
+    named, or none: then each lies on one node, whichever has room."""
+    tensor_parallel_across_nodes: bool = False
+    """Whether `nodes` may cut a tensor-parallel group, whose sums then cross the network."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -226,6 +240,15 @@ class ClusterConfig:
     gateway: GatewayConfig = field(default_factory=GatewayConfig)
     ray: RayConfig = field(default_factory=RayConfig)
     paced: PacedConfig = field(default_factory=PacedConfig)
+
+    @property
+    def workers(self) -> dict[str, PrefillConfig | DecodeConfig]:
+        """Each worker's name and pool, prefill first."""
+        return {
+            f"{role}-{index}": pool
+            for role, pool in (("prefill", self.prefill), ("decode", self.decode))
+            for index in range(pool.replicas)
+        }
 
     @property
     def block_sizes(self) -> tuple[int, int]:

@@ -1,7 +1,7 @@
 """The machines that may be used, and where workers lie on them.
 
 A worker's tensor-parallel group never leaves an NVLink domain unless asked; its pipeline stages
-may lie on different nodes, and then become a bundle each.
+may lie on different ones, and then become a bundle each.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from .transfer import Link
 
 NETWORK_LATENCY_S = 20e-6  # before the first byte on RDMA; assumed
 LOCAL_LATENCY_S = 10e-6
+Domain = tuple[str, int, int]  # machine type, node of it, NVLink domain of that
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -34,6 +35,11 @@ class MachineType:
     @property
     def gpus(self) -> int:
         return self.nodes * self.gpus_per_node
+
+    @property
+    def domains_a_node(self) -> int:
+        """What is left over is one too."""
+        return -(-self.gpus_per_node // self.nvlink_domain)
 
     @property
     def network(self) -> Network:
@@ -58,11 +64,18 @@ class Footprint:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Bundle:
-    """GPUs of one node for one worker, as a Ray placement group asks for them."""
+    """GPUs of one NVLink domain for one worker."""
 
     worker: str
     node: str
+    domain: int  # of the node
     gpus: int
+
+    @property
+    def order(self) -> tuple[str, int, int, str]:
+        """Nodes of a type by their number, then domains, then workers."""
+        machine, _, number = self.node.rpartition("-")
+        return machine, int(number), self.domain, self.worker
 
 
 def read_inventory(
@@ -76,7 +89,8 @@ def read_inventory(
 
 def _machine(name: str, machine: MachineConfig, folder: Path) -> MachineType:
     sheet = machine.hardware
-    hardware = read_hardware(str(folder / sheet) if sheet.endswith(".json") else sheet)
+    path = str(folder / sheet) if sheet.endswith(".json") else sheet
+    hardware = read_hardware(path, where=f"inventory.{name}.hardware")
     gbps = machine.network_gbps
     domain = machine.nvlink_domain or machine.gpus_per_node
     if domain > machine.gpus_per_node:
@@ -121,35 +135,39 @@ def place(
         )
         for machine in machines.values()
         for node in range(machine.nodes)
-        for domain in range(-(-machine.gpus_per_node // machine.nvlink_domain))
+        for domain in range(machine.domains_a_node)
     }
     bundles: list[Bundle] = []
     for footprint in sorted(footprints, key=lambda f: (-f.group, -f.stages)):
-        taken: dict[str, int] = {}
+        taken: dict[Domain, int] = {}
         for _ in range(footprint.stages):
             group = _take(free, footprint, taken, across=across)
             if group is None:
                 return None
-            for node, gpus in group:
-                taken[node] = taken.get(node, 0) + gpus
-        bundles += [Bundle(worker=footprint.worker, node=n, gpus=g) for n, g in taken.items()]
-    return tuple(sorted(bundles, key=lambda bundle: (bundle.node, bundle.worker)))
+            for domain, gpus in group:
+                taken[domain] = taken.get(domain, 0) + gpus
+        bundles += [
+            Bundle(worker=footprint.worker, node=node_name(key), domain=key[2], gpus=gpus)
+            for key, gpus in taken.items()
+        ]
+    return tuple(sorted(bundles, key=lambda bundle: bundle.order))
 
 
 def _take(
-    free: dict[tuple[str, int, int], int],
+    free: dict[Domain, int],
     footprint: Footprint,
-    taken: Mapping[str, int],
+    taken: Mapping[Domain, int],
     *,
     across: bool,
-) -> list[tuple[str, int]] | None:
+) -> list[tuple[Domain, int]] | None:
     """One group's GPUs: the fullest domain that holds it, a node of the same worker first."""
+    nodes = {node_name(key) for key in taken}
     own = {key: left for key, left in free.items() if key[0] == footprint.machine}
     fitting = [key for key, left in own.items() if left >= footprint.group]
     if fitting:
-        key = min(fitting, key=lambda k: (node_name(k) not in taken, own[k], k))
+        key = min(fitting, key=lambda k: (node_name(k) not in nodes, own[k], k))
         free[key] -= footprint.group
-        return [(node_name(key), footprint.group)]
+        return [(key, footprint.group)]
     if not across or sum(own.values()) < footprint.group:
         return None
     group, left = [], footprint.group
@@ -158,9 +176,9 @@ def _take(
         if gpus:
             free[key] -= gpus
             left -= gpus
-            group.append((node_name(key), gpus))
+            group.append((key, gpus))
     return group
 
 
-def node_name(key: tuple[str, int, int]) -> str:
+def node_name(key: Domain) -> str:
     return f"{key[0]}-{key[1]}"

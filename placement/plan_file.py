@@ -9,9 +9,19 @@ from .candidates import Judged, Pool
 from .plan import Plan
 from .problem import Problem
 from .provision import Provision
+from .units import nodes_of_unit
 from .verify import Verified
 
 MIB = 1 << 20
+RAY_NAMES = {  # of the GPUs of our sheets, as Ray finds them on a node by itself
+    "a100-40g": "A100",
+    "a100-80g": "A100",
+    "b200": "B200",
+    "h100": "H100",
+    "h200": "H200",
+    "l40s": "L40S",
+    "mi300x": "AMD-Instinct-MI300X-OAM",
+}
 
 
 def cluster_yaml(plan: Plan) -> str:
@@ -52,22 +62,24 @@ def cluster_sections(plan: Plan) -> dict[str, dict[str, Any]]:
             "attainment": targets.attainment,
         },
         "gateway": {"grpc": "127.0.0.1:50051", "http": "127.0.0.1:8000"},
-        "ray": {"address": "auto" if len(unit_nodes(plan)) > 1 else None},
+        "ray": _ray(plan),
     }
 
 
-def unit_nodes(plan: Plan) -> list[str]:
-    """Nodes of the first unit, in the order of its pipeline stages."""
-    first = {
-        f"{role}-{i}"
-        for role, pool in zip(
-            ("prefill", "decode")[-len(plan.best.judged.placement.pools) :],
-            plan.best.judged.placement.pools,
-            strict=True,
-        )
-        for i in range(plan.best.judged.placement.replicas(pool))
-    }
-    return list(dict.fromkeys(b.node for b in plan.bundles if b.worker in first))
+def _ray(plan: Plan) -> dict[str, Any]:
+    """A Ray of several nodes is one that runs already; it is told what lies where."""
+    nodes = unit_nodes(plan)
+    if len(nodes) == 1:
+        return {"address": None}
+    across = plan.problem.config.search.tensor_parallel_across_nodes
+    return {"address": "auto", "nodes": nodes} | (
+        {"tensor_parallel_across_nodes": True} if across else {}
+    )
+
+
+def unit_nodes(plan: Plan) -> dict[str, dict[str, int]]:
+    """Of the first unit, as `ray.nodes` has them."""
+    return nodes_of_unit(plan.best.judged.placement, plan.bundles, plan.problem)
 
 
 def _pool(plan: Plan, pool: Pool) -> dict[str, Any]:
@@ -78,7 +90,15 @@ def _pool(plan: Plan, pool: Pool) -> dict[str, Any]:
         "tensor_parallel": shape.tensor_parallel,
         "pipeline_parallel": shape.pipeline_parallel,
         "device": "cpu" if cpu else "cuda",
-    } | ({"threads": 1} if cpu else {})
+    } | ({"threads": shape.gpus} if cpu else _accelerator(plan, pool))  # a core each
+
+
+def _accelerator(plan: Plan, pool: Pool) -> dict[str, str]:
+    """Ray's name of the pool's GPUs, where a machine has others."""
+    kinds = {machine.hardware.name for machine in plan.problem.machines.values() if machine.nodes}
+    name = RAY_NAMES.get(pool.shape.machine.hardware.name)
+    several = len(kinds) > 1 and len(unit_nodes(plan)) > 1
+    return {"accelerator": name} if name is not None and several else {}
 
 
 def kv_memory(plan: Plan) -> str:
@@ -91,6 +111,13 @@ def kv_memory(plan: Plan) -> str:
     return f"{int(tokens * plan.problem.model.kv_bytes_per_token) // MIB}MiB"
 
 
+def _domain_words(plan: Plan) -> list[str]:
+    names = {bundle.node for bundle in plan.bundles}
+    if len(unit_nodes(plan)) == 1 or names >= unit_nodes(plan).keys():
+        return []
+    return ["A node of ray.nodes is an NVLink domain: start a node of Ray on each."]
+
+
 def heading(plan: Plan) -> str:
     best, problem = plan.best, plan.problem
     placement = best.judged.placement
@@ -98,6 +125,7 @@ def heading(plan: Plan) -> str:
         f"Planned by phasewise for {problem.model.name}: {placement}.",
         f"Goodput {_interval(best.judged)} req/s {targets_words(problem)}; {placement.gpus} GPUs, "
         f"{placement.cost_per_hour:.2f} $/h, {placement.power_w / 1e3:.2f} kW.",
+        f"Promised {promise_words(plan)}.",
         f"Verdict: {plan.verdict}.",
     ]
     if placement.copies > 1:
@@ -110,6 +138,7 @@ def heading(plan: Plan) -> str:
             f"Its stages lie on {len(unit_nodes(plan))} nodes, prefill's and decode's of the same "
             "layers on the same."
         )
+    lines += _domain_words(plan)
     return "\n".join(lines)
 
 
@@ -130,6 +159,13 @@ def targets_words(problem: Problem) -> str:
     return f"within all of {'; '.join(words)} of the unloaded reference"
 
 
+def promise_words(plan: Plan) -> str:
+    """The rate that may be offered, and how it comes from the goodput."""
+    headroom = plan.problem.config.objective.headroom
+    less = f" less {headroom:.0%} headroom" if headroom else ", without headroom"
+    return f"{plan.promised_rps(plan.best):.2f} req/s: the low end of the interval{less}"
+
+
 def _interval(judged: Judged) -> str:
     return f"{judged.rate_rps:.2f} ({judged.low_rps:.2f} to {judged.high_rps:.2f})"
 
@@ -139,19 +175,26 @@ def plan_json(plan: Plan, provision: Provision | None = None) -> dict[str, Any]:
     return {
         "model": plan.problem.model.name,
         "verdict": plan.verdict,
-        "best": _verified(plan.best),
-        "best_of_the_other_kind": None if plan.other is None else _verified(plan.other),
+        "headroom": plan.problem.config.objective.headroom,
+        "best": _verified(plan, plan.best),
+        "best_of_the_other_kind": None if plan.other is None else _verified(plan, plan.other),
         "compared": None
         if plan.compared is None
-        else _verified(plan.compared) | {"tie": plan.tie(plan.compared)},
+        else _verified(plan, plan.compared) | {"tie": plan.tie(plan.compared)},
         "ranked": [_judged(judged) for judged in plan.ranked[:20]],
         "bundles": [
-            {"worker": bundle.worker, "node": bundle.node, "gpus": bundle.gpus}
+            {
+                "worker": bundle.worker,
+                "node": bundle.node,
+                "domain": bundle.domain,
+                "gpus": bundle.gpus,
+            }
             for bundle in plan.bundles
         ],
         "cluster": cluster_sections(plan),
         "flow": None if provision is None else provision.to_json(),
         "left_out": list(plan.problem.left_out),
+        "left_out_requests_share": plan.problem.workload.left_out_share,
         "placements_considered": plan.search.considered,
     }
 
@@ -183,9 +226,10 @@ def _judged(judged: Judged) -> dict[str, Any]:
     }
 
 
-def _verified(found: Verified) -> dict[str, Any]:
+def _verified(plan: Plan, found: Verified) -> dict[str, Any]:
     return _judged(found.judged) | {
         "interval_rps": [found.judged.low_rps, found.judged.high_rps],
+        "promised_rps": plan.promised_rps(found),
         "attainment": found.attainment,
         "attainment_half_width": found.attainment_half,
         "attainment_of": found.tightest,

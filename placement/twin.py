@@ -6,8 +6,9 @@ Nothing is launched. What a paced cluster pretends to be, its twin is.
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Literal
 
-from ..configs.schema import ClusterConfig, DecodeConfig, PrefillConfig
+from ..configs.schema import ClusterConfig, DecodeConfig
 from ..engine.errors import InvalidConfig
 from .deployment import Deployment, Overheads, WorkerModel, replicas
 from .latency import LatencySource, Phase
@@ -34,7 +35,7 @@ def twin_of(
     network: Network | None = None,
     overheads: Overheads | None = None,
 ) -> Deployment:
-    """What `phasewise serve` would launch, as one node.
+    """What `phasewise serve` would launch, on the nodes that `ray.nodes` names, or as one.
 
     `source` may be None for a paced cluster, which names its own. Without `network` KV travels
     for free, or as fast as a paced cluster says. Raises NoLatency where the step times of a
@@ -60,8 +61,8 @@ def twin_of(
     # A paced worker's steps are those of both phases at once; a real one's are its own.
     both = paced or config.decode.local_prefill != "never" or colocated
     return Deployment(
-        prefill=_pool("prefill", config.prefill, source, num_blocks, "prefill"),
-        decode=_pool("decode", config.decode, source, num_blocks, "mixed" if both else "decode"),
+        prefill=_pool(config, "prefill", source, num_blocks, "prefill"),
+        decode=_pool(config, "decode", source, num_blocks, "mixed" if both else "decode"),
         kv_bytes_per_token=token_bytes,
         num_layers=shape.num_layers,
         block_size=config.kv.block_size,
@@ -88,12 +89,13 @@ def with_targets(deployment: Deployment, policy: SloPolicy) -> Deployment:
 
 
 def _pool(
-    role: str,
-    pool: PrefillConfig | DecodeConfig,
+    config: ClusterConfig,
+    role: Literal["prefill", "decode"],
     source: LatencySource,
     num_blocks: int,
     phase: Phase,
 ) -> tuple[WorkerModel, ...]:
+    pool = config.prefill if role == "prefill" else config.decode
     if not pool.replicas:
         return ()
     return replicas(
@@ -103,7 +105,16 @@ def _pool(
         num_blocks=num_blocks,
         max_batch_tokens=pool.max_batch_tokens,
         max_batch_size=pool.max_batch_size if isinstance(pool, DecodeConfig) else PROMPTS_A_STEP,
+        nodes=[_node(config, f"{role}-{i}") for i in range(pool.replicas)],
     )
+
+
+def _node(config: ClusterConfig, worker: str) -> str:
+    """Of the worker's first stage: workers that share it share those of the later ones too. A
+    rehearsal only pretends its nodes, and every way is as fast as `paced.link` says."""
+    if _paced(config):
+        return ""
+    return next((node for node, workers in config.ray.nodes.items() if worker in workers), "")
 
 
 def _max_model_len(config: ClusterConfig, shape: ModelShape, num_blocks: int) -> int:

@@ -8,7 +8,8 @@ With one segment the whole unit lies in a domain.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from math import gcd
 
 from .candidates import Placement
@@ -22,6 +23,25 @@ def bundles_of(placement: Placement, problem: Problem) -> tuple[Bundle, ...] | N
         return _place_units(placement)
     across = problem.config.search.tensor_parallel_across_nodes
     return place(placement.footprints(), problem.machines, across=across)
+
+
+def nodes_of_unit(
+    placement: Placement, bundles: Sequence[Bundle], problem: Problem
+) -> dict[str, dict[str, int]]:
+    """Of the first unit: by node of Ray, GPUs of each worker. Nodes are in the order of pipeline
+    stages, so that prefill's and decode's of the same layers stand on the same one."""
+    first = _workers(replace(placement, copies=1))
+    nodes: dict[str, dict[str, int]] = {}
+    for bundle in bundles:
+        if bundle.worker in first:
+            nodes.setdefault(ray_node(bundle, problem), {})[bundle.worker] = bundle.gpus
+    return nodes
+
+
+def ray_node(bundle: Bundle, problem: Problem) -> str:
+    """Ray knows nothing of NVLink domains: where a machine has several, each has to be a node."""
+    several = problem.machines[bundle.order[0]].domains_a_node > 1
+    return f"{bundle.node}.{bundle.domain}" if several else bundle.node
 
 
 def segments_of(placement: Placement) -> int | None:
@@ -65,14 +85,13 @@ def _place_units(placement: Placement) -> tuple[Bundle, ...] | None:
     machine = placement.decode.shape.machine
     beside = machine.nvlink_domain // _segment_gpus(placement, segments)
     a_node = machine.gpus_per_node // machine.nvlink_domain
-    gpus: dict[tuple[str, str], int] = {}
+    bundles = []
     for worker, (unit, size) in _workers(placement).items():
-        first = unit // beside * segments
         for segment in range(segments):
-            key = worker, f"{machine.name}-{(first + segment) // a_node}"
-            gpus[key] = gpus.get(key, 0) + size // segments
-    bundles = [Bundle(worker=worker, node=node, gpus=n) for (worker, node), n in gpus.items()]
-    return tuple(sorted(bundles, key=lambda bundle: (bundle.node, bundle.worker)))
+            node, domain = divmod(unit // beside * segments + segment, a_node)
+            name, gpus = f"{machine.name}-{node}", size // segments
+            bundles.append(Bundle(worker=worker, node=name, domain=domain, gpus=gpus))
+    return tuple(sorted(bundles, key=lambda bundle: bundle.order))
 
 
 def _workers(placement: Placement) -> Mapping[str, tuple[int, int]]:

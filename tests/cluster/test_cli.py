@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 from phasewise.cluster import processes
+from phasewise.cluster.bundles import check_room, groups_of
 from phasewise.cluster.cli import COMMANDS, main
-from phasewise.cluster.resources import check_room, worker_resources, worker_specs
+from phasewise.cluster.resources import worker_specs
 from phasewise.cluster.run_folder import RunFolder, sweep
 from phasewise.configs.errors import InvalidConfig
 from phasewise.configs.load import load_cluster
@@ -144,13 +145,13 @@ def test_an_address_where_nobody_listens_is_exit_code_1(capsys: pytest.CaptureFi
 
 def test_workers_share_cores_but_not_without_limit() -> None:
     config = load_cluster(LOCAL, ["prefill.replicas=2", "decode.replicas=2"])
-    has = {"CPU": 2.0, "GPU": 0.0}
-    check_room(worker_resources(config), has)
+    nodes = {"this machine": {"CPU": 2.0, "GPU": 0.0}}
+    check_room(groups_of(config), nodes)
     assert {spec.pool.threads for spec in worker_specs(config, cores=8)} == {2}
     for overrides in (["decode.replicas=9"], ["decode.threads=2"], ["decode.device=cuda"]):
         config = load_cluster(LOCAL, overrides)
         with pytest.raises(InvalidConfig, match="decode.replicas"):
-            check_room(worker_resources(config), has)
+            check_room(groups_of(config), nodes)
 
 
 def test_a_dead_owners_folder_is_swept_and_a_living_ones_stays(tmp_path: Path) -> None:

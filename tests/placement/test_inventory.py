@@ -40,6 +40,12 @@ def test_stages_share_a_node_while_it_has_room_and_become_bundles_where_not() ->
     assert apart is not None and {bundle.node for bundle in apart} == {"h100-0", "h100-1"}
 
 
+def test_the_tenth_node_comes_behind_the_ninth() -> None:
+    found = place([worker(f"w-{i}", 8) for i in range(12)], machines(nodes=12))
+    assert found is not None
+    assert [bundle.node for bundle in found] == [f"h100-{node}" for node in range(12)]
+
+
 def test_a_domain_larger_than_its_node_is_refused_by_key() -> None:
     with pytest.raises(InvalidConfig, match=r"inventory\.h100\.nvlink_domain"):
         machines(gpus_per_node=4, nvlink_domain=8)

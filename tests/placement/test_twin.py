@@ -53,6 +53,18 @@ def source(path: Path, *overrides: str) -> RooflineLatency:
     return RooflineLatency(shape=shape_of_cluster(config), hardware=read_hardware("cpu"))
 
 
+def test_the_twin_of_a_file_that_names_nodes_has_its_workers_there(cluster: Path) -> None:
+    """What KV crosses the network, and what stays on a node."""
+    a, b = "{prefill-0: 1, decode-0: 1}", "{prefill-1: 1, decode-1: 1, decode-2: 1}"
+    file = load_cluster(cluster, ("ray.address=auto", f"ray.nodes={{a: {a}, b: {b}}}"))
+    twin = twin_of(file, source(cluster))
+    nodes = {worker.name: worker.node for worker in (*twin.prefill, *twin.decode)}
+    first = dict.fromkeys(("prefill-0", "decode-0"), "a")
+    assert nodes == first | dict.fromkeys(("prefill-1", "decode-1", "decode-2"), "b")
+    alone = twin_of(load_cluster(cluster), source(cluster))
+    assert {worker.node for worker in (*alone.prefill, *alone.decode)} == {""}
+
+
 def test_the_twin_has_what_the_file_says(cluster: Path) -> None:
     twin = twin_of(load_cluster(cluster), source(cluster))
     assert [worker.name for worker in twin.prefill] == ["prefill-0", "prefill-1"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ from phasewise.cluster import cli
 from phasewise.placement.candidates import Placement, Pool, parse_compare
 from phasewise.placement.problem import Problem
 from phasewise.placement.search import Search
-from phasewise.placement.units import bundles_of, most_units, segments_of
+from phasewise.placement.units import bundles_of, most_units, nodes_of_unit, segments_of
 from phasewise.placement.verify import deployment_of
 
 from .plan_problems import CONFIGS, config, problem, silent
@@ -43,6 +44,37 @@ def test_the_published_opt_175b_lies_on_three_nodes_a_stage_of_each_phase_on_eac
         for node in range(3)
         for worker, gpus in (("prefill-0", 3), ("decode-0", 4))
     }
+
+
+def test_a_unit_is_named_node_by_node_in_the_order_of_its_stages() -> None:
+    """What `ray.nodes` of the cluster file says."""
+    asked = opt175b()
+    placement = unit(asked, (4, 4), (4, 4))
+    bundles = bundles_of(placement, asked)
+    assert bundles is not None
+    nodes = nodes_of_unit(placement, bundles, asked)
+    assert list(nodes) == [f"a100-{node}" for node in range(4)]
+    assert all(gpus == {"prefill-0": 4, "decode-0": 4} for gpus in nodes.values())
+
+
+def test_of_several_units_one_is_named() -> None:
+    asked = opt175b()
+    placement = replace(unit(asked, (2, 4), (2, 4)), copies=2)
+    bundles = bundles_of(placement, asked)
+    assert bundles is not None and {bundle.worker for bundle in bundles} > {"prefill-1"}
+    gpus = {"prefill-0": 4, "decode-0": 4}
+    assert nodes_of_unit(placement, bundles, asked) == {"a100-0": gpus, "a100-1": gpus}
+
+
+def test_where_a_machine_has_several_domains_each_is_a_node_of_ray() -> None:
+    asked = problem("opt-13b-sharegpt", "inventory.a100.nvlink_domain=4")
+    for local in (True, False):
+        placement = replace(unit(asked, (2, 2), (2, 2)), local=local)
+        bundles = bundles_of(placement, asked)
+        assert bundles is not None
+        nodes = nodes_of_unit(placement, bundles, asked)
+        assert list(nodes) == ["a100-0.0", "a100-0.1"]
+        assert [sum(gpus.values()) for gpus in nodes.values()] == [4, 4]
 
 
 def test_a_unit_is_cut_into_as_few_segments_as_a_node_holds() -> None:

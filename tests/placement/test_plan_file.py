@@ -1,0 +1,35 @@
+"""The cluster file of a plan says where its workers lie."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from phasewise.cluster.bundles import check_room, groups_of
+from phasewise.configs.load import load_cluster
+from phasewise.placement.plan_file import cluster_yaml
+
+from .plan_problems import plan
+
+
+def test_a_plan_over_two_kinds_of_gpu_names_the_kind_of_each_pool(tmp_path: Path) -> None:
+    """One GPU of each kind is all that there is, so each pool gets one of them."""
+    found = plan(
+        "llama-3.1-8b-h100",
+        "inventory.h100.gpus_per_node=1",
+        "inventory.h100.nodes=1",
+        "inventory.a100.hardware=a100-80g",
+        "inventory.a100.gpus_per_node=1",
+        "search.colocated=false",
+        "workload.rate_rps=8",
+    )
+    path = tmp_path / "cluster.yaml"
+    path.write_text(cluster_yaml(found))
+    config = load_cluster(path)
+    assert {config.prefill.accelerator, config.decode.accelerator} == {"H100", "A100"}
+    kinds = {"prefill-0": config.prefill.accelerator, "decode-0": config.decode.accelerator}
+    assert config.ray.nodes == {
+        f"{kinds[worker].lower()}-0": {worker: 1} for worker in ("decode-0", "prefill-0")
+    }
+    has = {"GPU": 1.0, "CPU": 8.0}
+    nodes = {kind: has | {f"accelerator_type:{kind}": 1.0} for kind in ("A100", "H100")}
+    check_room(groups_of(config), nodes)
