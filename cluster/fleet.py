@@ -85,9 +85,6 @@ class Worker:
             outstanding_tokens=max(reported, self.outstanding_tokens),
             requests=self.requests,
             cached_tokens=self.link.prefixes.count(names.get(size, ())) * size,
-            free_blocks=load.blocks.free + load.blocks.cached,
-            total_blocks=load.blocks.total,
-            max_batch_size=description.max_batch_size,
         )
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from .free_runs import FreeRuns
 from .prefix import PrefixIndex
@@ -20,8 +20,7 @@ from .prefix import PrefixIndex
 _LEASED = -1  # in place of a number of references
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class BlockCounts:
+class BlockCounts(NamedTuple):
     """How many blocks are in each state."""
 
     total: int

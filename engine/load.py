@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from .blocks import BlockCounts
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class SchedulerLoad:
+class SchedulerLoad(NamedTuple):
     """A scheduler's numbers at one moment. Finished, parked prompts show only in `blocks`."""
 
     running: int  # sequences that hold a place in the batch

@@ -6,14 +6,12 @@ They know neither torch, ray nor grpc: the simulator drives the same classes.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from .prefix import SHORT_MASK
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class WorkerView:
+class WorkerView(NamedTuple):
     """What a policy may know about a worker that is ready.
 
     `outstanding_tokens` is the larger of what the worker last reported and what this router has
@@ -25,9 +23,6 @@ class WorkerView:
     outstanding_tokens: int = 0
     cached_tokens: int = 0  # of the request at hand, as the worker last told
     requests: int = 0  # of this router, not ended
-    free_blocks: int = 0
-    total_blocks: int = 0
-    max_batch_size: int = 0
 
 
 class KnownPrefixes:
@@ -78,16 +73,9 @@ class LeastOutstandingTokens:
         self._turn = 0
 
     def choose(self, workers: Sequence[WorkerView], num_tokens: int) -> int:
-        count = len(workers)
-        chosen = min(
-            range(count),
-            key=lambda i: (
-                workers[i].outstanding_tokens,
-                workers[i].requests,
-                (i - self._turn) % count,
-            ),
-        )
-        self._turn = (chosen + 1) % count
+        loads = [worker.outstanding_tokens for worker in workers]
+        chosen = _least(loads, workers, self._turn)
+        self._turn = (chosen + 1) % len(workers)
         return chosen
 
 
@@ -109,17 +97,19 @@ class PrefixAware:
         self._turn = 0
 
     def choose(self, workers: Sequence[WorkerView], num_tokens: int) -> int:
-        count = len(workers)
-        chosen = min(
-            range(count),
-            key=lambda i: (
-                workers[i].outstanding_tokens - HIT_WEIGHT * workers[i].cached_tokens,
-                workers[i].requests,
-                (i - self._turn) % count,
-            ),
-        )
-        self._turn = (chosen + 1) % count
+        loads = [
+            worker.outstanding_tokens - HIT_WEIGHT * worker.cached_tokens for worker in workers
+        ]
+        chosen = _least(loads, workers, self._turn)
+        self._turn = (chosen + 1) % len(workers)
         return chosen
+
+
+def _least(loads: list[int], workers: Sequence[WorkerView], turn: int) -> int:
+    """Of those with the least load the one with the fewest requests, then in turn."""
+    least, count = min(loads), len(loads)
+    equal = [i for i in range(count) if loads[i] == least]
+    return min(equal, key=lambda i: (workers[i].requests, (i - turn) % count))
 
 
 POLICIES: dict[str, type[RoundRobin | LeastOutstandingTokens | PrefixAware]] = {

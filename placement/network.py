@@ -65,7 +65,7 @@ class Flow:
         self.cap = inf
         self.rate = 0.0
         self.closing = False  # no more bytes will be added
-        self.turn = 0  # events of an earlier turn are stale
+        self.turn = 0  # its arrival of an earlier turn is stale
 
 
 class Route(NamedTuple):
@@ -86,6 +86,7 @@ class Flows:
         self._later: list[tuple[float, int, Flow, float, float]] = []  # heap of bytes to come
         self._serial = 0
         self._since_s = 0.0  # rates hold since
+        self._turn = 0  # of these rates: who runs out first at earlier ones is stale
         self._ports: dict[tuple[str, str], Port] = {}
         self._routes: dict[tuple[str, str], Route] = {}
 
@@ -190,36 +191,42 @@ class Flows:
     def _send(self, now_s: float) -> None:
         """Time goes by at the present rates."""
         elapsed_s = now_s - self._since_s
+        if not elapsed_s:
+            return
         self._since_s = now_s
         for flow in self._active:
             left = flow.left - flow.rate * elapsed_s
             flow.left = left if left > 0.0 else 0.0
 
     def _share(self, now_s: float) -> None:
-        """New rates, and when each transfer runs out of bytes at them. One that is alone makes
-        room for nobody by running out, so that is of interest only once it is closed."""
+        """New rates, and which transfer runs out of bytes first at them: then there are others.
+        One that is alone makes room for nobody by that, so it matters only once it is closed."""
         active = self._active
+        self._turn += 1
         if not active:
             return
         if len(active) == 1:
-            flow = active[0]
-            flow.rate = flow.cap if flow.cap < flow.width else flow.width
-            flow.turn += 1
-            if flow.closing:
-                self._agenda.at(now_s + flow.left / flow.rate, self._drained, (flow, flow.turn))
-            return
-        rates = fair_rates([(flow.ports, flow.cap) for flow in active])
-        for flow, rate in zip(active, rates, strict=True):
-            flow.rate = rate
-            flow.turn += 1
-            self._agenda.at(now_s + flow.left / rate, self._drained, (flow, flow.turn))
+            first = active[0]
+            first.rate = first.cap if first.cap < first.width else first.width
+            if not first.closing:
+                return
+            first_s = now_s + first.left / first.rate
+        else:
+            first, first_s = active[0], inf
+            rates = fair_rates([(flow.ports, flow.cap) for flow in active])
+            for flow, rate in zip(active, rates, strict=True):
+                flow.rate = rate
+                end_s = now_s + flow.left / rate
+                if end_s < first_s:
+                    first, first_s = flow, end_s
+        self._agenda.at(first_s, self._drained, (first, self._turn))
 
     def _drained(self, now_s: float, drained: tuple[Flow, int]) -> None:
         flow, turn = drained
-        if flow.turn != turn:
+        if self._turn != turn:
             return
         self._pass(now_s)
-        if flow.turn != turn:  # others began meanwhile
+        if self._turn != turn:  # others began meanwhile
             return
         assert flow.left <= flow.rate * (ROUNDING + 1e-12 * now_s), flow.left
         self._stop(flow)
@@ -251,8 +258,10 @@ def fair_rates(flows: list[tuple[tuple[Port, ...], float]]) -> list[float]:
     """
     asked: dict[Port, float] = {}
     rates = []
-    for ports, cap in flows:
-        most = min([cap, *[port.bytes_per_s for port in ports]])
+    for ports, most in flows:
+        for port in ports:
+            if port.bytes_per_s < most:
+                most = port.bytes_per_s
         rates.append(most)
         for port in ports:
             asked[port] = asked.get(port, 0.0) + most
@@ -266,22 +275,26 @@ def fair_rates(flows: list[tuple[tuple[Port, ...], float]]) -> list[float]:
 
 def _shared(flows: list[tuple[tuple[Port, ...], float]]) -> list[float]:
     rates = [0.0] * len(flows)
-    rising = set(range(len(flows)))
     room = {port: port.bytes_per_s for ports, _ in flows for port in ports}
+    users = dict.fromkeys(room, 0)  # that rise still
+    for ports, _ in flows:
+        for port in ports:
+            users[port] += 1
+    rising = list(range(len(flows)))
     while rising:
-        users: dict[Port, int] = {}
+        shares = {port: room[port] / count for port, count in users.items() if count}
+        level = min(min(shares.values()), min([flows[i][1] for i in rising]))
+        full = {port for port, share in shares.items() if share <= level * (1 + 1e-12)}
+        left = []
         for i in rising:
-            for port in flows[i][0]:
-                users[port] = users.get(port, 0) + 1
-        level = min([room[port] / count for port, count in users.items()])
-        level = min(level, min(flows[i][1] for i in rising))
-        full = {port for port, count in users.items() if room[port] / count <= level * (1 + 1e-12)}
-        held = [
-            i for i in sorted(rising) if flows[i][1] <= level or not full.isdisjoint(flows[i][0])
-        ]
-        for i in held:
+            ports, cap = flows[i]
+            if cap > level and full.isdisjoint(ports):
+                left.append(i)
+                continue
             rates[i] = level
-            for port in flows[i][0]:
-                room[port] = max(0.0, room[port] - level)
-        rising.difference_update(held)
+            for port in ports:
+                users[port] -= 1
+                spare = room[port] - level
+                room[port] = spare if spare > 0.0 else 0.0
+        rising = left
     return rates

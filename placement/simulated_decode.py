@@ -48,10 +48,10 @@ class SimulatedDecode:
 
     def reported_tokens(self, now_s: float) -> int:
         """Tokens queued and held, as its last messages say."""
-        return sum([lane.reported_tokens(now_s) for lane in self.lanes])
-
-    def free_blocks(self) -> int:
-        return sum([lane.allocator.num_available for lane in self.lanes])
+        tokens = 0
+        for lane in self.lanes:
+            tokens += lane.reported_tokens(now_s)
+        return tokens
 
     def allocators(self) -> list[BlockAllocator]:
         return [lane.allocator for lane in self.lanes]

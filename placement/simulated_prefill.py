@@ -5,15 +5,16 @@ Decides what it computes and how long that takes; who drives it says when.
 
 from __future__ import annotations
 
-from ..engine.batch import Batch, Progress, StepOutput
+from ..engine.batch import Batch, Progress
 from ..engine.blocks import BlockAllocator
 from ..engine.step_time import StepFeatures
 from ..prefill_worker.scheduler import PrefillLimits, PrefillScheduler
 from .deployment import Deployment, WorkerModel
+from .simulated_blocks import blocks_of
 from .simulated_cores import SharedCores
 from .simulated_run import WorkerUse
-from .simulated_sequence import SimulatedSequence
-from .simulated_stages import Stages, predictor
+from .simulated_sequence import SimulatedSequence, output_of
+from .simulated_stages import Stages
 
 
 class SimulatedPrefill:
@@ -29,9 +30,7 @@ class SimulatedPrefill:
         self.woken = False  # somebody will look for work here
         self.outstanding_tokens = 0  # as the router counts: sent, not handed over
         self.members: dict[str, None] = {}  # ids with blocks or a place in the queue here
-        self.allocator = BlockAllocator(
-            model.num_blocks, deployment.block_size, prefix_cache=deployment.prefix_cache
-        )
+        self.allocator = blocks_of(model.num_blocks, deployment)
         self.stages = Stages(model, deployment.overheads, cores)
         self.reported = 0  # tokens queued at the last step's end
         self._depth = len(model.latency.stages)
@@ -48,7 +47,7 @@ class SimulatedPrefill:
                 max_wait_s=deployment.max_wait_s,
                 max_in_flight=self._depth,
             ),
-            predictor(model, needed=deployment.ttft_ms > 0),
+            self.stages.predictor(model, needed=deployment.ttft_ms > 0),
         )
 
     @property
@@ -88,8 +87,8 @@ class SimulatedPrefill:
     def end(self, batch: Batch, now_s: float) -> Progress:
         """The step's result; sequences that are finished altogether are gone."""
         self._in_flight -= 1
-        output = StepOutput(token_ids=[0] * len(batch.sequences))
-        progress = self.scheduler.advance(batch, output, now_s)
+        self.stages.ended(now_s)
+        progress = self.scheduler.advance(batch, output_of(len(batch.sequences)), now_s)
         self._queued += len(batch.sequences) - len(progress.sequences)
         for sequence, _ in progress.finished:
             del self.members[sequence.id]
@@ -101,9 +100,6 @@ class SimulatedPrefill:
     def report(self) -> None:
         """Tell the router what is queued."""
         self.reported = self.scheduler.load().queued_tokens
-
-    def free_blocks(self) -> int:
-        return self.allocator.num_available
 
     def allocators(self) -> list[BlockAllocator]:
         return [self.allocator]

@@ -55,8 +55,10 @@ class SimulatedRouter:
         """A worker that is ready, not the one that was just lost if there is another."""
         if len(pool) == 1:
             return pool[0] if pool[0].alive else None
-        ready = [worker for worker in pool if worker.alive]
-        candidates = [worker for worker in ready if worker.model.name != avoid] or ready
+        candidates = [worker for worker in pool if worker.alive]
+        if avoid is not None:
+            others = [worker for worker in candidates if worker.model.name != avoid]
+            candidates = others or candidates
         if not candidates:
             return None
         views = [self._view(worker, sequence, now_s) for worker in candidates]
@@ -80,15 +82,9 @@ class SimulatedRouter:
     def _view(
         self, worker: SimulatedPrefill | SimulatedDecode, sequence: SimulatedSequence, now_s: float
     ) -> WorkerView:
-        return WorkerView(
-            name=worker.model.name,
-            outstanding_tokens=max(worker.reported_tokens(now_s), worker.outstanding_tokens),
-            cached_tokens=self._cached_tokens(worker, sequence, now_s),
-            requests=worker.requests,
-            free_blocks=worker.free_blocks(),
-            total_blocks=worker.model.num_blocks,
-            max_batch_size=worker.model.max_batch_size,
-        )
+        told, sent = worker.reported_tokens(now_s), worker.outstanding_tokens
+        cached = self._cached_tokens(worker, sequence, now_s) if self._looks_at_caches else 0
+        return WorkerView(worker.model.name, told if told > sent else sent, cached, worker.requests)
 
     def _cached_tokens(
         self, worker: SimulatedPrefill | SimulatedDecode, sequence: SimulatedSequence, now_s: float

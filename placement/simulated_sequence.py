@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from functools import cache
 from itertools import accumulate
 from typing import cast
 
+from ..engine.batch import StepOutput
 from ..engine.request import Request, SamplingParams
 from ..engine.sequence import Sequence
 from .workload import Workload
@@ -12,23 +14,30 @@ from .workload import Workload
 NAME_BITS = 64  # of a block's name, as routers know it
 
 
+@cache
+def output_of(num_rows: int) -> StepOutput:
+    """What a runner would return, of tokens without meaning."""
+    return StepOutput(token_ids=[0] * num_rows)
+
+
 class SimulatedRequest:
     """What a scheduler asks of a `Request`, without tokens and quick to make."""
 
-    __slots__ = ("arrival_s", "id", "num_prompt_tokens", "num_tokens", "sampling")
+    __slots__ = ("arrival_s", "id", "max_total_tokens", "num_prompt_tokens", "num_tokens")
 
+    sampling = SamplingParams(ignore_eos=True)  # one for all: only the length ends them
     ttft_ms = 0.0  # the cluster's own targets hold
     tpot_ms = 0.0
     priority = 0
     cache_salt = ""
 
     def __init__(
-        self, id: str, num_tokens: int, prompt: int, sampling: SamplingParams, arrival_s: float
+        self, id: str, num_tokens: int, prompt: int, output: int, arrival_s: float
     ) -> None:
         self.id = id
         self.num_tokens = num_tokens
         self.num_prompt_tokens = prompt
-        self.sampling = sampling
+        self.max_total_tokens = prompt + output
         self.arrival_s = arrival_s
 
 
@@ -43,8 +52,8 @@ class SimulatedSequence(Sequence):
         self.request = cast(Request, request)
         self.tokens = None
         self.num_tokens = num_tokens
-        self.num_prompt_tokens = prompt = request.num_prompt_tokens
-        self.max_total_tokens = prompt + request.sampling.max_tokens
+        self.num_prompt_tokens = request.num_prompt_tokens
+        self.max_total_tokens = request.max_total_tokens
         self.num_computed = 0
         self.blocks = []
         self.block_hashes = hashes
@@ -66,18 +75,13 @@ class SequenceMaker:
         self._block_size = block_size
         self.prompts: list[int] = workload.prompt_tokens.tolist()
         self.outputs: list[int] = workload.output_tokens.tolist()
-        self._sampling: dict[int, SamplingParams] = {}
 
     def make(self, row: int, arrival_s: float, delivered: int, number: int) -> SimulatedSequence:
         """For the row's `number`-th attempt, with so many tokens delivered before."""
-        output, prompt = self.outputs[row], self.prompts[row]
-        sampling = self._sampling.get(output)
-        if sampling is None:
-            sampling = SamplingParams(max_tokens=output, ignore_eos=True)
-            self._sampling[output] = sampling
+        prompt = self.prompts[row]
         name = f"{row}/{number}" if number else str(row)
         known = prompt + delivered
-        request = SimulatedRequest(name, known, prompt, sampling, arrival_s)
+        request = SimulatedRequest(name, known, prompt, self.outputs[row], arrival_s)
         return SimulatedSequence(request, known, self._hashes(row) if self._prefix else [])
 
     def _hashes(self, row: int) -> list[int]:
