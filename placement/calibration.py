@@ -4,7 +4,8 @@
 {"format": "phasewise-calibration/1", "origin": "measured 2026-11-21 on two shared cores",
  "admit_ms": 1.1, "report_ms": 0.6, "handoff_ms": 1.4, "step_ms": 0.2, "row_ms": 0.02,
  "prompt_ms": 1.5, "detect_ms": 0, "prompt_share": 0.1, "cores": 2, "serve_ms": 0.5,
- "serve_row_ms": 0.1, "warm_ms": 0.8, "transfer_bytes_per_s": 2.1e9, "transfer_latency_ms": 0.3}
+ "serve_row_ms": 0.1, "crowd_share": 0.3, "warm_ms": 0.8, "transfer_bytes_per_s": 2.1e9,
+ "transfer_latency_ms": 0.3}
 ```
 All but `format` may be left out: 0, and transfers for free. `deployment.Overheads` says what each
 is; `calibration_fit` finds them.
@@ -28,7 +29,7 @@ TIMES = (
     *("serve", "serve_row", "warm"),
 )
 OVERHEADS = tuple(f"{name}_ms" for name in TIMES)
-PLAIN = ("prompt_share", "cores")
+PLAIN = ("prompt_share", "crowd_share", "cores")
 TRANSFER = ("transfer_bytes_per_s", "transfer_latency_ms")
 
 
@@ -54,14 +55,14 @@ def read_calibration(path: str | Path) -> Calibration:
     seconds = {
         key.removesuffix("_ms") + "_s": _number(path, document, key) / 1e3 for key in OVERHEADS
     }
-    prompt_share = _number(path, document, "prompt_share")
+    shares = {key: _number(path, document, key) for key in ("prompt_share", "crowd_share")}
     cores = int(_number(path, document, "cores"))
     bytes_per_s = _number(path, document, "transfer_bytes_per_s")
     latency_s = _number(path, document, "transfer_latency_ms") / 1e3
     link = Link(bytes_per_s=bytes_per_s or float("inf"), latency_s=latency_s)
     told = any(key in document for key in TRANSFER)
     return Calibration(
-        overheads=Overheads(**seconds, prompt_share=prompt_share, cores=cores),
+        overheads=Overheads(**seconds, **shares, cores=cores),
         network=Network(local=link, remote=link) if told else None,
         origin=str(document.get("origin", "origin not stated")),
     )

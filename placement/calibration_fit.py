@@ -30,13 +30,14 @@ PRIOR = 0.05  # error that an overhead e times the typical one counts as: some s
 DOUBT = 0.1  # an error beyond which a request counts by its size, not its square
 FIRST_MOVE = 0.7  # of an overhead's logarithm: a search begins with twice the typical one
 MOST_RUNS = 400  # simulations of the load
-# Where to begin. Seconds: admit and report together, handoff, prompt; then, where steps compute,
+# Where to begin. Seconds: admit and report together, handoff; then, where steps compute, prompt,
 # step, row and warm; prompt_share.
 TYPICAL = (2e-3, 1e-3, 1e-3, 5e-4, 2e-5, 5e-4, 0.1)
-OF_STEPS = 4  # of these, at the end
+OF_STEPS = 5  # of these, at the end: paced steps keep their schedule whatever the host does
 # Core time of gateway and load generator: a step, and what a row and a request are of that. From
 # their CPU time on two server cores at 1 to 22 rows a step.
 SERVE_S, SERVED_ROW, SERVED_REQUEST = 5.5e-4, 0.28, 4.0
+CROWD_SHARE = 0.2  # from their CPU time a step, two busy workers against calibration's mostly idle
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -137,8 +138,8 @@ def _serve_s(deployment: Deployment, load: Workload, serving_s: float) -> float:
 
 def _overheads(x: Column, cores: int, serve_s: float) -> Overheads:
     """`x`: logarithms of how many times the typical ones they are."""
-    front_s, handoff_s, prompt_s, *of_steps = (np.exp(x) * TYPICAL[: len(x)]).tolist()
-    step_s, row_s, warm_s, prompt_share = of_steps or [0.0] * OF_STEPS
+    front_s, handoff_s, *of_steps = (np.exp(x) * TYPICAL[: len(x)]).tolist()
+    prompt_s, step_s, row_s, warm_s, prompt_share = of_steps or [0.0] * OF_STEPS
     return Overheads(
         admit_s=front_s / 2,
         report_s=front_s / 2,
@@ -150,5 +151,6 @@ def _overheads(x: Column, cores: int, serve_s: float) -> Overheads:
         cores=cores,
         serve_s=serve_s,
         serve_row_s=SERVED_ROW * serve_s,
+        crowd_share=CROWD_SHARE if cores else 0.0,
         warm_s=warm_s,
     )

@@ -45,7 +45,8 @@ class Overheads:
     prompt_share: float = 0.0  # of steps with prompts: what sending their KV meanwhile adds
     cores: int = 0  # that workers share with the gateway and its clients; 0: these have their own
     serve_s: float = 0.0  # core time that these spend on a step's tokens; where a core is idle, it
-    serve_row_s: float = 0.0  # is spent there, else the longest step waits. And a row of the step
+    serve_row_s: float = 0.0  # is spent there, else a worker waits. And a row of the step
+    crowd_share: float = 0.0  # that serving takes longer, and host work on its core, where none is
     warm_s: float = 0.0  # that a decode step saves where its worker alone computes: weights cached
     detect_s: float = 0.0  # from a worker's death until its requests go elsewhere
 

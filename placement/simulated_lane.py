@@ -12,14 +12,14 @@ from math import inf, sqrt
 from typing import NamedTuple
 
 from ..decode_worker.scheduler import DecodeLimits, DecodeScheduler
-from ..engine.batch import Batch, StepOutput
-from ..engine.blocks import BlockAllocator
+from ..engine.batch import Batch
 from ..engine.sequence import Sequence
 from ..engine.step_time import StepFeatures, features_of
 from .deployment import Deployment, WorkerModel
 from .phase_times import RowCosts
-from .simulated_sequence import SimulatedSequence
-from .simulated_stages import Stages, predictor
+from .simulated_blocks import blocks_of
+from .simulated_sequence import SimulatedSequence, output_of
+from .simulated_stages import Stages
 
 
 class Stretch(NamedTuple):
@@ -74,11 +74,7 @@ class Lane:
         views_matter: bool,
     ) -> None:
         self.stages = stages
-        self.allocator = BlockAllocator(
-            model.num_blocks // share,
-            deployment.block_size,
-            prefix_cache=deployment.prefix_cache,
-        )
+        self.allocator = blocks_of(model.num_blocks // share, deployment)
         size = max(1, model.max_batch_size // share)
         self.scheduler = DecodeScheduler(
             self.allocator,
@@ -90,7 +86,7 @@ class Lane:
                 tpot_ms=deployment.tpot_ms,
                 max_wait_s=deployment.max_wait_s,
             ),
-            predictor(model, needed=deployment.ttft_ms > 0 or deployment.tpot_ms > 0),
+            stages.predictor(model, needed=deployment.ttft_ms > 0 or deployment.tpot_ms > 0),
         )
         self.members: dict[str, SimulatedSequence] = {}  # that hold, or wait for, blocks here
         self.parked: set[str] = set()  # of these, those whose KV waits in the prefill pool
@@ -106,7 +102,8 @@ class Lane:
         alone = share == 1 and not deployment.overheads.cores
         self._longest = 1 << 40 if alone else 1  # lanes wait for each other, workers for cores
         self._views_matter = views_matter
-        self._reported_tokens = 0  # queued and context, at the last step's end
+        self._reported_tokens = 0  # queued and context, as told last
+        self._told_until_s = inf  # when a step of the stretch ends, after which they are others
         self._held_tokens = 0  # at the stretch's start
         self._batch: Batch | None = None  # in progress, where it is no stretch
         self._stretch: Stretch | None = None
@@ -176,9 +173,9 @@ class Lane:
 
     def reported_tokens(self, now_s: float) -> int:
         """Tokens queued and held, as told at the end of the last step before `now_s`."""
-        if self._stretch is None or not (done := self._stretch.done(now_s)):
-            return self._reported_tokens
-        return self._held_tokens + done * self._stretch.rows
+        if now_s > self._told_until_s and self._stretch is not None:
+            self._tell(self._stretch, self._stretch.done(now_s))
+        return self._reported_tokens
 
     # Steps.
 
@@ -211,6 +208,7 @@ class Lane:
     def end(self, now_s: float) -> Ended:
         """What is in progress is done."""
         self.busy = self._ahead = False
+        self.stages.ended(now_s)
         if self._batch is not None:
             ended = self._end_batch(self._batch, now_s)
         else:
@@ -226,8 +224,7 @@ class Lane:
 
     def _end_batch(self, batch: Batch, now_s: float) -> Ended:
         self._batch = None
-        output = StepOutput(token_ids=[0] * len(batch.sequences))
-        progress = self.scheduler.advance(batch, output, now_s)
+        progress = self.scheduler.advance(batch, output_of(len(batch.sequences)), now_s)
         prompts: list[Sequence] = []
         if self._unstarted:
             for sequence in progress.sequences:
@@ -253,6 +250,7 @@ class Lane:
         self._reserve = inf if waiting else growth + rows
         if self._views_matter:
             self._held_tokens = self.scheduler.load().queued_tokens + context
+            self._told_until_s = stretch.end_s(1)
         self._take(stretch.end_s(steps))
 
     def _take(self, end_s: float) -> None:
@@ -267,10 +265,15 @@ class Lane:
             return
         done = stretch.done(now_s)
         if done:
-            self._reported_tokens = self._held_tokens + done * stretch.rows
+            self._tell(stretch, done)
         self._apply(stretch, done + 1, stretch.end_s(done))
         self._ahead = True
         self._take(stretch.end_s(done + 1))
+
+    def _tell(self, stretch: Stretch, done: int) -> None:
+        """So many steps of the stretch have ended."""
+        self._reported_tokens = self._held_tokens + done * stretch.rows
+        self._told_until_s = stretch.end_s(done + 1) if done + 1 < stretch.num_steps else inf
 
     def _apply(self, stretch: Stretch, steps: int, known_s: float) -> None:
         self._stretch = None

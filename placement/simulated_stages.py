@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from ..engine.step_time import StepFeatures, StepTime
+from ..engine.step_time_online import OnlineStepTime
 from .deployment import Overheads, WorkerModel
 from .simulated_cores import SharedCores
+
+LEARNT = 8  # of so many decode steps one is learnt from: what follows closely differs little
 
 
 class Stages:
@@ -19,12 +22,16 @@ class Stages:
         self.free_s = [0.0] * len(self._times)
         self.busy_s = 0.0  # of the first
         self.tokens = 0  # that the last step brings
+        self._learnt: OnlineStepTime | None = None
+        self._last = StepFeatures(), 0.0  # step, and when it began
+        self._until_learning = 0  # decode steps
 
     def run(self, features: StepFeatures, now_s: float, num_prompts: int = 0) -> float:
         """Pass a step through all stages, the first free at `now_s`; returns when it is out,
         unless `late_s` says otherwise then."""
         free_s = self.free_s
         at_s = now_s
+        self._last = features, now_s
         for i, time in enumerate(self._times):
             seconds = time.batch_s(features)
             if i == 0:
@@ -36,6 +43,27 @@ class Stages:
             self._use.end_s = free_s[0]
             self.tokens = features.decode_rows + num_prompts
         return at_s
+
+    def predictor(self, model: WorkerModel, *, needed: bool) -> StepTime | None:
+        """What the scheduler may predict with; None spares it the work where no target needs it.
+        On shared cores it is what live schedulers learn as they serve: there a step takes more
+        than the model says."""
+        if not needed:
+            return None
+        if self._use is not None and len(self._times) == 1:
+            self._learnt = OnlineStepTime()
+            return self._learnt
+        return self._times[0] if len(self._times) == 1 else PipelineTime(model.latency.stages)
+
+    def ended(self, now_s: float) -> None:
+        """The last step is done, and is learnt from."""
+        if self._learnt is None:
+            return
+        features, begun_s = self._last
+        self._until_learning -= 1
+        if features.new_tokens or self._until_learning <= 0:
+            self._learnt.observe(features, now_s - begun_s)
+            self._until_learning = LEARNT
 
     def late_s(self) -> float:
         """What a step that should end now still lacks, because its core had other work; the first
@@ -52,11 +80,12 @@ class Stages:
     ) -> float:
         """What a step takes beside everything that serving it needs."""
         costs = self._overheads
+        host_s = costs.step_s + costs.row_s * features.decode_rows + costs.prompt_s * num_prompts
         if self._cores is not None and self._use is not None:
             alone_s = self._cores.begin(self._use, features, alone_s, now_s)
+            host_s = self._cores.host_s(self._use, host_s, now_s)
         share = costs.prompt_share if num_prompts else 0.0
-        rows_s = costs.row_s * features.decode_rows + costs.prompt_s * num_prompts
-        return alone_s * (1 + share) + costs.step_s + rows_s
+        return alone_s * (1 + share) + host_s
 
 
 class PipelineTime:
@@ -67,11 +96,3 @@ class PipelineTime:
 
     def batch_s(self, features: StepFeatures) -> float:
         return sum([stage.batch_s(features) for stage in self._stages])
-
-
-def predictor(model: WorkerModel, *, needed: bool) -> StepTime | None:
-    """What a scheduler may predict with; None spares it the work where no target needs it."""
-    if not needed:
-        return None
-    stages = model.latency.stages
-    return stages[0] if len(stages) == 1 else PipelineTime(stages)

@@ -27,6 +27,7 @@ TRUE = Overheads(
     cores=2,
     serve_s=0.0006,
     serve_row_s=0.000168,
+    crowd_share=0.3,
     warm_s=0.0005,
 )
 
@@ -96,9 +97,11 @@ def test_a_written_calibration_reads_back(tmp_path: Path) -> None:
 
 
 def test_paced_steps_are_fitted_with_their_host_work_in_them() -> None:
-    true = Overheads(admit_s=0.0015, report_s=0.0015, handoff_s=0.002, prompt_s=0.002)
+    true = Overheads(admit_s=0.0015, report_s=0.0015, handoff_s=0.002)
     load = calibration_load((16, 64, 128, 256, 512), answer=40, idle_s=0.2)
     live = simulate(twin(true), load)
     fitted = fit_overheads(twin, load, live.ttft_s, live.tpot_s, cores=0)
-    assert fitted.overheads.step_s == fitted.overheads.row_s == 0.0
+    found = fitted.overheads
+    assert found.step_s == found.row_s == found.prompt_s == 0.0
+    assert found.admit_s == pytest.approx(true.admit_s, rel=0.2)
     assert fitted.ttft_error < 0.1 and fitted.tpot_error < 0.01
