@@ -2,10 +2,10 @@
 
 `phasewise plan` on configs/plan-tiny-cpu.yaml with the profile and the calibration that
 `benchmarks/twin.py` measured here (its folder is read), `phasewise serve` on the file that it
-wrote, and requests of the plan's own workload: at its own rate, at the rate that the plan is
-promised to hold and half of it, and at the goodput, where attainment falls by its meaning. The
-promise is the low end of the goodput's interval, less what the twin may be wrong by. Predicted
-attainment is that of the twin of the written file at the same rates.
+wrote, and requests of the plan's own workload: at its own rate, at the rate that the plan promises
+and half of it, and at the goodput, where attainment falls by its meaning. The promise keeps the
+plan file's headroom for what the twin may be wrong by. Predicted attainment is that of the twin of
+the written file at the same rates.
 
 The plan is kept as planned.json and planned.yaml; remove them to plan again.
 
@@ -42,7 +42,6 @@ from rich.table import Table
 PLAN = CONFIGS / "plan-tiny-cpu.yaml"
 FOLDER = Path(__file__).parent / "results" / "twin"
 MEASURED = "cpu-colocated"  # the case whose profile and calibration are taken
-MARGIN = 0.15  # of a rate: what the twin's times may be off by
 SECONDS = 15.0  # of arrivals at each
 NOISE = 0.05  # of attainment, that a run of some hundred requests may differ by
 
@@ -54,7 +53,7 @@ class Row:
     predicted: float
     live: float
     others_share: float
-    promised: bool  # the plan is to hold this rate
+    promised: bool  # by the plan
 
     @property
     def kept(self) -> bool:
@@ -67,11 +66,7 @@ class Planned:
 
     own_rps: float  # of its workload
     goodput_rps: float
-    low_rps: float  # end of the goodput's interval
-
-    @property
-    def promised_rps(self) -> float:
-        return self.low_rps * (1 - MARGIN)
+    promised_rps: float
 
 
 def main() -> int:
@@ -93,7 +88,7 @@ def main() -> int:
         return 0
     rows = asyncio.run(measure(folder, cluster, planned))
     found = [asdict(row) | {"kept": row.kept} for row in rows]
-    document = asdict(planned) | {"promised_rps": planned.promised_rps, "rows": found}
+    document = asdict(planned) | {"rows": found}
     (args.folder / "cpu-plan.json").write_text(json.dumps(document, indent=1) + "\n")
     if args.json:
         print(json.dumps(document, indent=1))
@@ -121,7 +116,7 @@ def write_plan(folder: Folder, cluster: Path) -> Planned:
     return Planned(
         own_rps=float(load_plan(PLAN).workload["rate_rps"]),
         goodput_rps=float(best["goodput_rps"]),
-        low_rps=float(best["interval_rps"][0]),
+        promised_rps=float(best["promised_rps"]),
     )
 
 

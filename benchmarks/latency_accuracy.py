@@ -3,6 +3,8 @@
 Every row fits on part of a published table and predicts the rest. "grid point": all repeats of
 one point are left out, the others fitted, for each point in turn. "model" or "shape": the eight
 coefficients of a hardware sheet are fitted on other models only. Repeats never stand on both sides.
+"half": every other point, in order of tokens, is left out at once. "largest": the fifth of the
+points with the most tokens, so that all of them are extrapolated.
 Where aiconfigurator-core is installed, its database is one more table: a profile of its steps with
 grid points left out, the eight coefficients fitted on other models ("model"), and our sheets as
 they are ("everything").
@@ -28,7 +30,7 @@ from phasewise.placement.fitting import Point, fit_coefficients, fit_knots, medi
 from phasewise.placement.hardware import Hardware, read_hardware
 from phasewise.placement.latency import NoLatency, Phase, PhaseLatency
 from phasewise.placement.model_shape import ModelShape, read_shape
-from phasewise.placement.roofline import RooflineLatency, layer_s
+from phasewise.placement.roofline import RooflineLatency, all_reduce_s, layer_s
 from phasewise.placement.step_profile import StepProfile
 from scipy.optimize import least_squares
 
@@ -39,6 +41,7 @@ PHASES: tuple[Phase, ...] = ("prefill", "decode")
 HELIX = {"llama1_30b": 60, "llama2_70b": 80}  # model -> layers
 HELIX_GPUS = ("a100", "v100", "l4", "l4x2", "t4", "t4x2", "t4x4")
 A40 = {"flops": 149.7e12, "memory_bandwidth": 0.696e12}  # NVIDIA A40 data sheet
+SMALL_BYTES = 2**15  # of an all-reduce: below it latency is all, and scatters
 Predictor = Callable[[Sequence[Point]], Callable[[Point], float]]
 
 
@@ -72,6 +75,32 @@ def leave_points_out(name: str, points: Sequence[Point], fit: Predictor, folds: 
         predict = fit(seen)
         errors += [abs(predict(point) / point[1] - 1) for point in held]
     return _accuracy(name, "grid point", errors, noise(points))
+
+
+def leave_part_out(name: str, points: Sequence[Point], part: str) -> Accuracy:
+    """Half of the grid, or its largest fifth, predicted from the rest."""
+    grid = sorted(medians(points), key=_size)
+    seen, held = grid[::2], grid[1::2]
+    if part == "largest":
+        cut = len(grid) - max(2, len(grid) // 5)
+        seen, held = grid[:cut], grid[cut:]
+    predict = by_knots(seen)
+    errors = [abs(predict(point) / point[1] - 1) for point in held]
+    return _accuracy(name, part, errors)
+
+
+def all_splits(name: str, points: Sequence[Point]) -> Iterator[Accuracy]:
+    yield leave_points_out(name, points, by_knots, folds=100)
+    for part in ("half", "largest"):
+        yield leave_part_out(name, points, part)
+
+
+def _size(point: Point) -> tuple[float, float]:
+    features = point[0]
+    return (
+        features.new_tokens + features.decode_rows,
+        features.attention + features.decode_context,
+    )
 
 
 def noise(points: Sequence[Point]) -> float:
@@ -108,7 +137,7 @@ def splitwise_rows(data: Path) -> Iterator[Accuracy]:
             for phase in ("prefill", "decode"):
                 points = _points(profile, phase, tp)
                 name = f"Splitwise {model} {hardware} TP{tp} {phase}"
-                yield leave_points_out(name, points, by_knots, folds=100)
+                yield from all_splits(name, points)
 
 
 def helix_rows(data: Path) -> Iterator[Accuracy]:
@@ -125,7 +154,7 @@ def helix_rows(data: Path) -> Iterator[Accuracy]:
             )
             for phase in ("prefill", "decode"):
                 points = _points(profile, phase, tp)
-                yield leave_points_out(f"Helix {model} {gpu} {phase}", points, by_knots, folds=100)
+                yield from all_splits(f"Helix {model} {gpu} {phase}", points)
 
 
 def vidur_rows(data: Path) -> Iterator[Accuracy]:
@@ -140,7 +169,7 @@ def vidur_rows(data: Path) -> Iterator[Accuracy]:
         for tp in sorted({row.tp for row in rows}):
             points = [(tables.layer_features(row), row.seconds) for row in rows if row.tp == tp]
             name = f"{path.name.removesuffix('.csv.gz').replace('_', ' ', 1)} TP{tp} layer"
-            yield leave_points_out(name.capitalize(), points, by_knots, folds=100)
+            yield from all_splits(name.capitalize(), points)
 
 
 def unseen_model_rows(data: Path) -> Iterator[Accuracy]:
@@ -178,6 +207,23 @@ def fit_layers(rows: Sequence[tables.LayerRow], sheet: Hardware) -> Hardware:
 
     start = np.log([0.7, 0.8, 2e-5])
     return fitted(least_squares(residuals, start, loss="soft_l1", f_scale=0.1).x)
+
+
+def all_reduce_rows(data: Path) -> Iterator[Accuracy]:
+    """NCCL between the devices of a DGX, from 32 KiB on, by the sheets, whose two coefficients of
+    it were fitted to these very tables."""
+    sheets = {"a100_dgx": read_hardware("a100-80g"), "h100_dgx": read_hardware("h100")}
+    rows = tables.read_vidur_all_reduce(data / "vidur_all_reduce.csv.gz")
+    for machine, sheet in sheets.items():
+        for devices in (2, 4, 8):
+            errors = [
+                abs(all_reduce_s(row.num_bytes, devices, sheet) / row.seconds - 1)
+                for row in rows
+                if (row.machine, row.devices, row.a_node) == (machine, devices, devices)
+                and row.num_bytes >= SMALL_BYTES
+            ]
+            name = f"Vidur, all-reduce of {devices} on {machine.replace('_', ' ')}"
+            yield _accuracy(name, "nothing", errors)
 
 
 def database_rows(_: Path) -> Iterator[Accuracy]:
@@ -260,7 +306,14 @@ def fit_sheet(steps: Sequence[DatabaseStep], sheet: Hardware) -> Hardware:
     return fitted(least_squares(residuals, start, loss="soft_l1", f_scale=0.1, max_nfev=30).x)
 
 
-SECTIONS = (splitwise_rows, helix_rows, vidur_rows, unseen_model_rows, database_rows)
+SECTIONS = (
+    splitwise_rows,
+    helix_rows,
+    vidur_rows,
+    unseen_model_rows,
+    all_reduce_rows,
+    database_rows,
+)
 
 
 def main() -> None:

@@ -6,7 +6,7 @@ goodput a GPU against the best pair's, the mean over seeds with a 95% interval, 
 `--splitwise` Splitwise's designs instead, with its step times as they are and under its
 simulator's assumption that a decode step takes as long as one of a single row.
 
-    python benchmarks/published_cases.py [--seeds 5] [--json] [--splitwise]
+    python benchmarks/published_cases.py [--seeds 5] [--json] [--splitwise [code]]
 """
 
 from __future__ import annotations
@@ -14,20 +14,25 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from phasewise.configs.load import load_plan
-from phasewise.placement.candidates import Placement, Pool, parse_compare
+from phasewise.placement.candidates import Placement, Pool, parse_compare, parse_placement
 from phasewise.placement.goodput import mean_interval
 from phasewise.placement.problem import Problem, WorkerShape, read_problem
 from phasewise.placement.search import Search
-from phasewise.placement.splitwise_mirror import with_free_batching
+from phasewise.placement.splitwise_mirror import DESIGNS, with_free_batching
 from phasewise.placement.units import bundles_of
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 PUBLISHED = {"opt-13b-sharegpt": 2.30, "opt-66b-sharegpt": 0.957}  # req/s a GPU
+WORKLOADS = ("conversation", "code")  # of Azure, November 2023
+CODE_DESIGNS = {
+    "HH": "35P8x1@h100 5D8x1@h100",
+    "HA": "35P8x1@h100 8D8x1@a100",
+    "AA": "55P8x1@a100 15D8x1@a100",
+}
 ONE = "{{mean: {mean}, sigma: {sigma}, max: 2047}}"
 LENGTHS: dict[str, tuple[str, ...]] = {
     "its preparation of ShareGPT": (),
@@ -39,13 +44,6 @@ LENGTHS: dict[str, tuple[str, ...]] = {
         f"workload.lengths.output={ONE.format(mean=200.3, sigma=sigma)}",
     )
     for sigma in (0.4, 0.8, 1.2)
-}
-DESIGNS = {
-    "HH": "25P8x1@h100 15D8x1@h100",
-    "HA": "25P8x1@h100 26D8x1@a100",
-    "AA": "45P8x1@a100 25D8x1@a100",
-    "baseline H100": "40D8x1@h100",
-    "baseline A100": "70D8x1@a100",
 }
 
 
@@ -97,19 +95,22 @@ def useful(goodput: Any, shapes: Sequence[WorkerShape]) -> list[WorkerShape]:
     return [shape for shape in shapes if each[shape.key] >= max(each.values()) / 2]
 
 
-def splitwise_rows() -> Iterator[dict[str, Any]]:
+def splitwise_rows(workload: str) -> Iterator[dict[str, Any]]:
     path = CONFIGS / "plan-splitwise-conversation.yaml"
+    overrides, designs = (), DESIGNS
+    if workload == "code":
+        trace = CONFIGS.parent / "tests" / "placement" / "data" / "azure2023_code.csv.gz"
+        overrides, designs = (f"workload.trace={trace}",), DESIGNS | CODE_DESIGNS
     for words, free in (("its table", False), ("its simulator's decode", True)):
-        problem = read_problem(load_plan(path), CONFIGS)
+        problem = read_problem(load_plan(path, overrides), CONFIGS)
         if free:
             problem = with_free_batching(problem)
         search = Search(problem, silent)
         for placement in {str(j.placement): j for j in search.run()[:3]}.values():
             yield _design(words, "found", placement.placement, placement.rate_rps)
-        for name, text in DESIGNS.items():
-            config = replace(problem.config, search=replace(problem.config.search, compare=text))
-            placement = parse_compare(replace(problem, config=config))
-            assert placement is not None and bundles_of(placement, problem) is not None
+        for name, text in designs.items():
+            placement = parse_placement(text, problem)
+            assert bundles_of(placement, problem) is not None
             yield _design(words, name, placement, search.judge(placement).rate_rps)
 
 
@@ -127,10 +128,12 @@ def _design(words: str, name: str, placement: Placement, rate_rps: float) -> dic
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--splitwise", action="store_true")
+    parser.add_argument("--splitwise", nargs="?", const="conversation", choices=WORKLOADS)
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
-    rows = splitwise_rows() if arguments.splitwise else distserve_rows(arguments.seeds)
+    rows = distserve_rows(arguments.seeds)
+    if arguments.splitwise:
+        rows = splitwise_rows(arguments.splitwise)
     if arguments.json:
         print(json.dumps(list(rows), indent=1))
         return

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import math
 import os
 import sys
 from collections.abc import Sequence
-from typing import Protocol, cast
+from pathlib import Path
+from typing import Any, Protocol, cast
 
 from .. import __version__
 from ..engine.errors import InvalidConfig, InvalidRequest, PhasewiseError
@@ -45,13 +47,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.parse_args(words or ["--help"])  # exits: help, version, or an unknown command
     name = words[0]
     os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")  # it would complain of Ray's forks
-    command = cast(Command, importlib.import_module(f".commands.{name}", __package__))
-    args = _page(name, command).parse_args(words[1:])
     try:
-        return command.run(args)
+        command = cast(Command, importlib.import_module(f".commands.{name}", __package__))
+        return command.run(_page(name, command).parse_args(words[1:]))
     except PhasewiseError as error:
         print(f"phasewise {name}: {error}", file=sys.stderr)
         return EXIT_INPUT if isinstance(error, InvalidConfig | InvalidRequest) else EXIT_RUNTIME
+    except KeyboardInterrupt:
+        print(f"phasewise {name}: interrupted", file=sys.stderr)
+        return EXIT_RUNTIME
     except BrokenPipeError:  # who read our output has gone, as `head` does
         sys.stderr.close()
         return EXIT_RUNTIME
@@ -61,6 +65,26 @@ def add_config_arguments(parser: argparse.ArgumentParser) -> None:
     """The cluster file and the values set over it."""
     parser.add_argument("config", metavar="CONFIG", help="cluster file (YAML)")
     add_overrides(parser, example="decode.replicas=2")
+
+
+def check_writable(flag: str, path: Path | str | None) -> None:
+    """Before the work whose result is to be written there. Raises InvalidConfig with the flag."""
+    if path is None:
+        return
+    path = Path(path)
+    there = path if path.exists() else path.parent
+    if path.is_dir() or not there.exists() or not os.access(there, os.W_OK):
+        reason = "is a folder" if path.is_dir() else "cannot be written"
+        raise InvalidConfig(flag, f"{path} {reason}", "name a file in a folder that is there")
+
+
+def without_nan(value: Any) -> Any:
+    """A JSON document in which what has no value is null: JSON knows no NaN."""
+    if isinstance(value, dict):
+        return {key: without_nan(below) for key, below in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_nan(below) for below in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def add_overrides(parser: argparse.ArgumentParser, example: str) -> None:

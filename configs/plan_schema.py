@@ -48,7 +48,7 @@ class LatencyConfig:
     """Positions that one worker holds. 0: worked out from memory."""
     calibration: Path | None = None
     """What a launched cluster was measured to spend outside steps, as `simulate --calibration`
-    takes it: plans are verified with it. null: nothing."""
+    takes it: plans are searched and verified with it. null: nothing."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -83,6 +83,11 @@ class ObjectiveConfig:
     max_cost_per_hour: Positive | None = None
     """$"""
     max_power_w: Positive | None = None
+    headroom: Annotated[float, Between(0.0, 0.9)] = 0.0
+    """Share of the goodput kept in reserve, for what step times and arrivals may be off by. A plan
+    promises the low end of the goodput's interval less this share. gpus, cost and power are lowered
+    until just the promise covers workload.rate_rps; other goals hold a given rate to it where
+    headroom is more than 0, and else to the goodput itself."""
     spare: CountOrZero = 0
     """Workers of each pool that may be lost while the targets still hold: N+1 is 1."""
 

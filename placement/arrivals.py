@@ -40,11 +40,13 @@ def replay(recorded_s: FloatColumn, rate_rps: float | None) -> FloatColumn:
 def mean_rate_rps(arrival_s: FloatColumn) -> float:
     """Arrivals a second between the first and the last."""
     span_s = float(arrival_s[-1] - arrival_s[0])
+    if len(arrival_s) < 2:
+        raise InvalidConfig("workload", "one request alone has no rate", "ask for 2 or more")
     if span_s <= 0:
         raise InvalidConfig(
             "workload.arrivals",
             f"{len(arrival_s)} arrivals at one instant have no rate",
-            "use process: poisson with rate_rps, or a trace that spans time",
+            "use arrivals: poisson with rate_rps, or a trace that spans time",
         )
     return (len(arrival_s) - 1) / span_s
 

@@ -10,7 +10,7 @@ from math import inf, log
 from ..configs.plan_schema import ObjectiveConfig
 from ..engine.errors import InvalidConfig
 from .inventory import Footprint
-from .problem import Problem, WorkerShape
+from .problem import RATE_GOALS, Problem, WorkerShape
 
 NEARLY = 1 + 1e-9  # a budget that is met exactly is met
 
@@ -159,7 +159,9 @@ class Judged:
 
 def score(judged: Judged, objective: ObjectiveConfig, rate_rps: float | None) -> float:
     """Higher is better; −inf for one that does not carry the rate."""
-    if judged.rate_rps <= 0 or (rate_rps is not None and judged.rate_rps < rate_rps * 0.98):
+    if judged.rate_rps <= 0:
+        return -inf
+    if rate_rps is not None and carried_rps(judged, objective) < rate_rps:
         return -inf
     placement = judged.placement
     useful_rps = judged.rate_rps if rate_rps is None else rate_rps  # more than asked is no merit
@@ -172,6 +174,19 @@ def score(judged: Judged, objective: ObjectiveConfig, rate_rps: float | None) ->
         "cost": -placement.cost_per_hour,
         "power": -placement.power_w,
     }[objective.goal]
+
+
+def promised_rps(judged: Judged, objective: ObjectiveConfig) -> float:
+    """What may be offered: the low end of the goodput's interval, less the headroom."""
+    return judged.low_rps * (1 - objective.headroom)
+
+
+def carried_rps(judged: Judged, objective: ObjectiveConfig) -> float:
+    """The highest rate that it is taken to carry: what it promises, where the goal is the least for
+    a rate or a headroom is asked for; else its goodput, a fiftieth more or less."""
+    if objective.goal in RATE_GOALS or objective.headroom:
+        return promised_rps(judged, objective) * NEARLY
+    return judged.rate_rps / 0.98
 
 
 def within_budget(placement: Placement, objective: ObjectiveConfig) -> str:
@@ -188,14 +203,17 @@ def within_budget(placement: Placement, objective: ObjectiveConfig) -> str:
     return ""
 
 
-WORDS = re.compile(r"(\d*)([PD])(\d+)x(\d+)(?:@(.+))?")
+WORDS = re.compile(r"([1-9]\d*)?([PD])(\d+)x(\d+)(?:@(.+))?")
 
 
 def parse_compare(problem: Problem) -> Placement | None:
-    """The placement that `search.compare` names: "P4x1 D2x2", "25P8x1@h100 26D8x1@a100"."""
+    """The placement that `search.compare` names."""
     text = problem.config.search.compare
-    if not text:
-        return None
+    return parse_placement(text, problem) if text else None
+
+
+def parse_placement(text: str, problem: Problem) -> Placement:
+    """Of the problem's shapes: "P4x1 D2x2", "25P8x1@h100 26D8x1@a100"."""
     pools: dict[str, Pool] = {}
     for word in text.split():
         match = WORDS.fullmatch(word)

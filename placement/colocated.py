@@ -19,27 +19,29 @@ from .phase_judge import highest_rate
 from .phase_search import PhaseSearch
 from .phase_times import RowCosts, steps_to
 from .problem import WorkerShape
+from .served_steps import in_service, seen_by
 
 SLACK = 0.9  # of the TPOT target that a mixed step may take
 LOOK = 64  # waiting prompts that one step considers
 
 
-def colocated_rps(phases: PhaseSearch, shape: WorkerShape) -> tuple[float, str]:
-    """Of one worker, and what binds."""
-    known = phases.colocated.get(shape.key)
+def colocated_rps(phases: PhaseSearch, shape: WorkerShape, workers: int = 1) -> tuple[float, str]:
+    """Of one of so many workers, and what binds."""
+    key = shape.key, seen_by(phases.problem.overheads, workers)
+    known = phases.colocated.get(key)
     if known is None:
-        known = phases.colocated[shape.key] = _search(phases, shape)
+        known = phases.colocated[key] = _search(phases, shape, workers)
     return known
 
 
-def _search(phases: PhaseSearch, shape: WorkerShape) -> tuple[float, str]:
-    guess = mean_rps(phases, shape)
+def _search(phases: PhaseSearch, shape: WorkerShape, workers: int) -> tuple[float, str]:
+    guess = mean_rps(phases, shape, workers)
     if guess <= 0:
         return 0.0, "tpot"
     missed: dict[float, str] = {}
 
     def margin(rate_rps: float) -> float:
-        times = outcome(phases, shape, rate_rps)
+        times = outcome(phases, shape, rate_rps, workers)
         missed[rate_rps] = phases.judge.binds(*times)
         return phases.judge.margin(*times)
 
@@ -48,7 +50,7 @@ def _search(phases: PhaseSearch, shape: WorkerShape) -> tuple[float, str]:
     return rate_rps, missed[min(above)] if above else "tpot"
 
 
-def mean_rps(phases: PhaseSearch, shape: WorkerShape) -> float:
+def mean_rps(phases: PhaseSearch, shape: WorkerShape, workers: int = 1) -> float:
     """The rate at which a mean mixed step is as long as the TPOT target: no rate above it holds."""
     workload, search = phases.workload, phases.problem.config.search
     prompt = float(workload.prompt_tokens.mean())
@@ -56,6 +58,7 @@ def mean_rps(phases: PhaseSearch, shape: WorkerShape) -> float:
     output = max(1.0, float(workload.output_tokens.mean()) - 1)
     context = prompt + output / 2
     step_s = phases.judge.mean_tpot_s
+    latency = in_service(shape.mixed, seen_by(phases.problem.overheads, workers))
     low, high = 0.0, min(search.max_batch_size, shape.kv_tokens / context) / (output * step_s)
     for _ in range(25):
         rate = (low + high) / 2
@@ -66,30 +69,39 @@ def mean_rps(phases: PhaseSearch, shape: WorkerShape) -> float:
             decode_rows=round(rows),
             decode_context=round(rows * context),
         )
-        low, high = (rate, high) if shape.mixed.interval_s(features) <= step_s else (low, rate)
+        low, high = (rate, high) if latency.interval_s(features) <= step_s else (low, rate)
     return low
 
 
 def outcome(
-    phases: PhaseSearch, shape: WorkerShape, rate_rps: float
+    phases: PhaseSearch, shape: WorkerShape, rate_rps: float, workers: int = 1
 ) -> tuple[np.ndarray, np.ndarray]:
-    """TTFT and TPOT of every request; of one that was late when the last had come, no end and 0."""
+    """TTFT and TPOT of every request of one of so many workers, which gets `rate_rps`; of one that
+    was late when the last had come, no end and 0."""
     arrival_s = phases.unit_arrival_s / rate_rps
-    first_s, last_s = map(np.array, _Mixed(phases, shape, arrival_s.tolist()).run())
+    first_s, last_s = map(np.array, _Mixed(phases, shape, workers, arrival_s.tolist()).run())
     decoded_s = np.subtract(last_s, first_s, where=first_s < inf, out=np.zeros_like(first_s))
-    return first_s - arrival_s, decoded_s / phases.later
+    return first_s - arrival_s + phases.told_s, decoded_s / phases.later
 
 
 class _Mixed:
     """One worker; a pipeline is taken as one stage as long as its slowest, with all latency."""
 
-    def __init__(self, phases: PhaseSearch, shape: WorkerShape, arrival_s: list[float]) -> None:
+    def __init__(
+        self, phases: PhaseSearch, shape: WorkerShape, workers: int, arrival_s: list[float]
+    ) -> None:
         search = phases.problem.config.search
+        overheads = seen_by(phases.problem.overheads, workers)
         self.prompts, self.outputs = phases.prompts, phases.outputs
-        self.latency = shape.mixed
-        self.rows = RowCosts(shape.mixed)
+        self.latency = in_service(shape.mixed, overheads)
+        # That chunks are cut by; on shared cores it is learnt from what steps took.
+        learnt = phases.problem.overheads.cores > 0
+        self.predicted = self.latency if learnt else shape.mixed
+        self.prompt_s = overheads.prompt_s
+        self.rows = RowCosts(self.latency)
         self.arrival_s = arrival_s
-        self.ttft_s, self.tpot_s = phases.judge.ttft_s.tolist(), phases.judge.tpot_s
+        self.ttft_s = (phases.judge.ttft_s - phases.told_s).tolist()
+        self.tpot_s = phases.judge.tpot_s
         self.kv_tokens = shape.kv_tokens
         self.max_rows = search.max_batch_size
         self.budget = search.mixed_batch_tokens
@@ -115,7 +127,7 @@ class _Mixed:
                 now_s = self._stretch(now_s, self.arrival_s[next_one] if next_one < total else inf)
                 continue
             chunks = self._chunks(now_s)
-            now_s += self.latency.total_s(self._features(chunks))
+            now_s += self.latency.total_s(self._features(chunks)) + self.prompt_s * len(chunks)
             self._advance(chunks, now_s)
         return self.first_s, self.last_s
 
@@ -179,7 +191,8 @@ class _Mixed:
 
     def _with_chunk_s(self, tokens: int) -> float:
         attention = tokens * tokens / 2
-        return self.latency.total_s(StepFeatures(tokens, attention, len(self.ends), self.context))
+        features = StepFeatures(tokens, attention, len(self.ends), self.context)
+        return self.predicted.total_s(features)
 
     def _advance(self, chunks: list[tuple[int, int]], now_s: float) -> None:
         self.step += 1

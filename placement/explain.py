@@ -6,8 +6,10 @@ from collections.abc import Sequence
 
 from .candidates import Judged, Pool
 from .plan import Plan
+from .plan_file import promise_words
 from .provision import Provision
 from .sensitivity import Sensitivity
+from .units import ray_node
 from .verify import Verified
 
 BINDS = {
@@ -25,6 +27,7 @@ def summary(plan: Plan) -> str:
         f"{plan.problem.model.name}: {placement}  [{placement.kind}]",
         f"  goodput    {_interval(best.judged)} req/s, {best.judged.per_gpu:.3f} a GPU "
         f"({_attainment(plan)})",
+        f"  promise    {promise_words(plan)}",
         f"  TTFT, TPOT p50 {best.ttft_ms[0]:.0f}, {best.tpot_ms[0]:.1f} ms · "
         f"p90 {best.ttft_ms[1]:.0f}, {best.tpot_ms[1]:.1f} ms · "
         f"p99 {best.ttft_ms[2]:.0f}, {best.tpot_ms[2]:.1f} ms",
@@ -32,6 +35,11 @@ def summary(plan: Plan) -> str:
         f"{placement.power_w / 1e3:.2f} kW",
         f"  verdict    {plan.verdict}",
     ]
+    if left_out := plan.problem.workload.left_out_share:
+        lines.append(
+            f"  left out   {left_out:.1%} of requests: longer than "
+            f"{plan.problem.workload.max_total_tokens} tokens, prompt and answer together"
+        )
     if placement.spare:
         lines.append(f"  spare      {_spare(plan)}")
     if plan.compared is not None:
@@ -93,6 +101,7 @@ def _why(plan: Plan) -> list[str]:
     rate = plan.problem.rate_rps
     asked = f" for {rate:g} req/s" if rate is not None else ""
     lines = [
+        f"promised {promise_words(plan)}",
         f"objective {goal}{asked}; {plan.search.considered} placements considered, "
         f"{plan.search.phases.simulations} phase runs, "
         f"{len(plan.ranked)} run jointly, {plan.best.runs} simulations of the winner",
@@ -173,7 +182,8 @@ def _flow(flow: Provision | None) -> list[str]:
 def _places(plan: Plan) -> list[str]:
     nodes: dict[str, list[str]] = {}
     for bundle in plan.bundles:
-        nodes.setdefault(bundle.node, []).append(f"{bundle.worker} ({bundle.gpus})")
+        node = ray_node(bundle, plan.problem)
+        nodes.setdefault(node, []).append(f"{bundle.worker} ({bundle.gpus})")
     return [f"{node}: {', '.join(workers)}" for node, workers in nodes.items()]
 
 

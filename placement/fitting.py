@@ -21,6 +21,7 @@ CONTRADICTION = 0.5  # of another step's time, with no less to do
 MOST_COMPARED = 2000  # points; contradictions are looked for pair by pair
 TOLERANCE = 0.05  # relative error that is taken for noise
 REWEIGHTINGS = 8
+EVENNESS = 0.02  # relative error that a slope counts for which is double its neighbour's
 ROW_TOKENS = (1.0, 0.5, 0.25, 0.1)  # what a decoding row may count for beside a chunk's token
 
 
@@ -91,7 +92,9 @@ def _fit_curve(table: Matrix, seconds: Matrix, row_tokens: float) -> tuple[float
     reach[:, -1] = np.maximum(tokens - places[-2], 0)
     row = table[:, 2] if table[:, 0].any() else np.zeros(len(seconds))
     design = np.column_stack([np.ones(len(seconds)), table[:, 1], row, table[:, 3], reach])
-    solution = _relative_nnls(design, seconds)
+    # Rows tell the curve from attention by themselves.
+    wishes = None if table[:, 2].any() else _even_slopes(tokens, seconds, places)
+    solution = _relative_nnls(design, seconds, wishes)
     error = float(np.mean(np.abs(design @ solution / seconds - 1)))
     base, attention, row_s, context, *slopes = solution
     curve = base + np.concatenate(([0.0], np.cumsum(np.array(slopes) * widths)))
@@ -103,6 +106,23 @@ def _fit_curve(table: Matrix, seconds: Matrix, row_tokens: float) -> tuple[float
         decode_context_s=context,
         row_tokens=row_tokens,
     )
+
+
+def _even_slopes(tokens: Matrix, seconds: Matrix, places: Matrix) -> Matrix:
+    """Rows that ask neighbouring slopes to be alike, by far weaker than any point.
+
+    Where prompts came one at a time, attention goes with tokens, and points alone do not tell a
+    long prompt's attention from a bend of the curve: many short prompts would then be predicted at
+    half their time.
+    """
+    order = np.argsort(tokens)
+    longest_s = np.interp(places, tokens[order], np.maximum.accumulate(seconds[order]))
+    weights = EVENNESS * places[1:-1] / longest_s[1:-1]
+    segments = len(places) - 1
+    rows = np.zeros((segments - 1, 4 + segments))
+    for j, weight in enumerate(weights):
+        rows[j, 4 + j : 6 + j] = -weight, weight
+    return rows
 
 
 def limits_of(points: Sequence[Point]) -> Limits:
@@ -136,17 +156,23 @@ def _table(points: Sequence[Point]) -> tuple[Matrix, Matrix]:
     return features, np.array([seconds for _, seconds in chosen], dtype=np.float64)
 
 
-def _relative_nnls(design: Matrix, seconds: Matrix) -> list[float]:
-    """Minimise the relative errors, no coefficient negative, columns scaled to 1.
+def _relative_nnls(design: Matrix, seconds: Matrix, wishes: Matrix | None = None) -> list[float]:
+    """Minimise the relative errors, no coefficient negative, columns scaled to 1. `wishes`: rows
+    that should come out near 0.
 
     Errors far beyond `TOLERANCE` count by their size, not its square (reweighted least squares),
     so that a point that was measured wrong does not bend the rest.
     """
     rows = design / seconds[:, None]
     rows /= (scale := np.maximum(np.abs(rows).max(axis=0), 1e-300))
-    weights = np.ones(len(seconds))
+    wished = np.empty((0, design.shape[1])) if wishes is None else wishes / scale
+    weights, zeros = np.ones(len(seconds)), np.zeros(len(wished))
     solution = np.zeros(design.shape[1])
     for _ in range(REWEIGHTINGS):
-        solution, _ = nnls(rows * weights[:, None], weights, maxiter=50 * design.shape[1])
+        solution, _ = nnls(
+            np.vstack((rows * weights[:, None], wished)),
+            np.concatenate((weights, zeros)),
+            maxiter=50 * design.shape[1],
+        )
         weights = (1 + ((rows @ solution - 1) / TOLERANCE) ** 2) ** -0.25
     return (solution / scale).tolist()

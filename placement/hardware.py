@@ -62,15 +62,15 @@ def hardware_names() -> list[str]:
     return sorted(path.stem for path in SHEETS.glob("*.json"))
 
 
-def read_hardware(name_or_path: str) -> Hardware:
-    """A sheet that comes with the package by name, or one's own by path."""
+def read_hardware(name_or_path: str, *, where: str = "hardware") -> Hardware:
+    """A sheet that comes with the package by name, or one's own by path; `where` it is named."""
     own = name_or_path.endswith(".json")
     path = Path(name_or_path) if own else SHEETS / f"{name_or_path}.json"
     if not own and name_or_path not in hardware_names():
         raise InvalidConfig(
-            f"hardware {name_or_path!r}",
-            "no such sheet",
-            f"use one of {hardware_names()} or a path",
+            where,
+            f"there is no sheet of {name_or_path!r}",
+            f"use one of {', '.join(hardware_names())}, or the path of a .json of one's own",
         )
     try:
         sheet = json.loads(path.read_text(encoding="utf-8"))
@@ -82,6 +82,11 @@ def read_hardware(name_or_path: str) -> Hardware:
 
 
 def _hardware(sheet: Mapping[str, Any], where: str) -> Hardware:
+    if not isinstance(sheet, Mapping):
+        raise InvalidConfig(where, "is no JSON object", "see a sheet of ours")
+    version = sheet.get("version", 1)
+    if not isinstance(version, int):
+        raise InvalidConfig(f"{where}: version", f"{version!r} is no whole number", "give 1")
     origin = {key: _origin(sheet, where, key) for key in (*PAPER, "coefficients")}
     shares = sheet["coefficients"]["value"]
     if not isinstance(shares, Mapping):
@@ -95,7 +100,7 @@ def _hardware(sheet: Mapping[str, Any], where: str) -> Hardware:
         )
     return Hardware(
         name=str(sheet.get("name", Path(where).stem)),
-        version=int(sheet.get("version", 1)),
+        version=version,
         coefficients=Coefficients(
             **{key: _positive(f"{where}: {key}", value) for key, value in shares.items()}
         ),

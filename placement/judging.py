@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from .latency import PhaseLatency, decode_features, prompt_features
 from .simulated_run import FloatColumn, StopRule
-from .slo import SPLITWISE_SLOWDOWNS, SloPolicy, SlowdownTargets
+from .slo import SloPolicy, SlowdownTargets
 from .workload import Workload
 
 EDGE = 0.05  # of the requests at either end
@@ -82,16 +82,9 @@ def counted_rows(workload: Workload) -> tuple[int, int]:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class JointJudge:
-    """Every class's share of requests that meet TTFT and TPOT. Is a `Judge`.
-
-    With `unloaded`, the policy's targets are multiples of it instead of seconds.
-    """
+    """Every class's share of requests that meet TTFT and TPOT. Is a `Judge`."""
 
     policy: SloPolicy
-    unloaded: Unloaded | None = None
-    _limits: dict[int, tuple[FloatColumn, FloatColumn]] = field(
-        default_factory=dict, repr=False, compare=False
-    )
 
     def with_share(self, share: float) -> JointJudge:
         """The same targets for another share, of every class."""
@@ -133,22 +126,14 @@ class JointJudge:
         )
 
     def limits(self, workload: Workload) -> tuple[FloatColumn, FloatColumn]:
-        """Per request, in seconds; the same for a workload at another rate."""
-        key = id(workload.prompt_tokens)
-        if key in self._limits:
-            return self._limits[key]
+        """Per request, in seconds."""
         names = workload.class_names
         ttft = np.array([self.policy.of(name).ttft_s for name in names])
         tpot = np.array([self.policy.of(name).tpot_s for name in names])
         ids = workload.class_ids
         if ids is None:
             ids = np.zeros(workload.num_requests, dtype=np.int16)
-        ttft_s, tpot_s = ttft[ids], tpot[ids]
-        if self.unloaded is not None:
-            alone = self.unloaded(workload)
-            ttft_s, tpot_s = ttft_s * alone[0], tpot_s * alone[1]
-        self._limits[key] = (ttft_s, tpot_s)
-        return ttft_s, tpot_s
+        return ttft[ids], tpot[ids]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -160,7 +145,7 @@ class PercentileJudge:
     """
 
     unloaded: Unloaded
-    targets: SlowdownTargets = SPLITWISE_SLOWDOWNS
+    targets: SlowdownTargets
     _alone: dict[int, tuple[Workload, Mapping[str, FloatColumn]]] = field(
         default_factory=dict, repr=False, compare=False
     )
@@ -238,7 +223,8 @@ class PercentileJudge:
                 continue
             own = rows[alone[metric][rows] > 0]
             if len(own):
-                found[metric] = np.nan_to_num(seconds[own], nan=np.inf) / alone[metric][own]
+                never = np.isnan(seconds[own])
+                found[metric] = np.where(never, np.inf, seconds[own]) / alone[metric][own]
         return found
 
     def _of_alone(self, workload: Workload) -> Mapping[str, FloatColumn]:

@@ -82,7 +82,9 @@ def parse_length(where: str, value: Any) -> LengthDistribution:
 
 def _positive(where: str, value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e12:
-        raise InvalidConfig(where, f"{value!r} is not a positive number", "give one")
+        raise InvalidConfig(
+            where, f"{value!r} is not a positive number", "write it in digits, as 0.8"
+        )
     return float(value)
 
 

@@ -152,6 +152,8 @@ def read_shape(path: str | Path) -> ModelShape:
         raise InvalidConfig(
             str(file), f"cannot read the model's config: {error}", "give a checkpoint directory"
         ) from error
+    if not isinstance(config, dict):
+        raise InvalidConfig(str(file), "is no JSON object", "give a checkpoint directory")
     name = file.parent.name if file.name == "config.json" else file.stem
     return shape_of(config, name=name, where=str(file))
 

@@ -34,7 +34,7 @@ def tradeoffs(problem: Problem, phases: PhaseSearch) -> list[Tradeoff]:
                 break
             lane = max(1, rows // shape.pipeline_parallel)
             features = StepFeatures(decode_rows=lane, decode_context=round(lane * context))
-            step_s = shape.decode.total_s(features)
+            step_s = phases.decode(shape).total_s(features)
             decode = lane * shape.pipeline_parallel / step_s / tokens / shape.gpus
             found.append(
                 Tradeoff(

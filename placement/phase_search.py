@@ -13,9 +13,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..engine.step_time import StepFeatures
+from .deployment import Overheads
+from .latency import PhaseLatency
 from .phase_judge import JointRows, PhaseJudge, SlowdownRows, highest_rate
 from .phase_times import PoolLimits, PromptCosts, RowCosts, decode_end_s, prefill_end_s
 from .problem import Problem, WorkerShape
+from .served_steps import in_service, prefill_stretch
 from .transfer import Link, visible_s
 from .workload import Workload
 
@@ -50,12 +53,22 @@ class PhaseSearch:
             if slowdown is None
             else SlowdownRows(self.workload, problem.slo, slowdown)
         )
+        # Of shared cores only what `prefill_stretch` says: a pool does not know the other.
+        self._overheads = replace(problem.overheads, cores=0, warm_s=0.0)
+        self.told_s = problem.overheads.admit_s + problem.overheads.report_s
         self._prompt_costs: dict[tuple[str, int, int], PromptCosts] = {}
         self._row_costs: dict[tuple[str, int, int], RowCosts] = {}
         self._prefill: dict[tuple[tuple[str, int, int], int], float] = {}
         self._decode: dict[tuple[tuple[str, int, int], int], float] = {}
-        self.colocated: dict[tuple[str, int, int], tuple[float, str]] = {}
+        self.colocated: dict[tuple[tuple[str, int, int], Overheads], tuple[float, str]] = {}
         self.simulations = 0
+
+    def rows_of(self, name: str) -> NDArray[np.bool_]:
+        """The requests of a class."""
+        ids = self.workload.class_ids
+        if ids is None:
+            return np.ones(self.workload.num_requests, dtype=bool)
+        return ids == self.workload.class_names.index(name)
 
     # prefill
 
@@ -63,18 +76,26 @@ class PhaseSearch:
         costs = self._prompt_costs.get(shape.key)
         if costs is None:
             budget = min(self.problem.config.search.max_batch_tokens, shape.kv_tokens)
-            costs = PromptCosts(shape.prefill, self.prompts, budget)
+            latency = in_service(shape.prefill, self._overheads)
+            costs = PromptCosts(latency, self.prompts, budget, self._overheads.prompt_s)
             self._prompt_costs[shape.key] = costs
         return costs
 
-    def first_s(self, shape: WorkerShape, workers: int, arrival_s: Column) -> Column:
-        """When each first token is there."""
+    def alone_s(self, shape: WorkerShape) -> Column:
+        """TTFT with nobody else there."""
+        return self.prompt_costs(shape).alone_s() + self.told_s
+
+    def waited_s(
+        self, shape: WorkerShape, workers: int, arrival_s: Column, stretch: float = 1.0
+    ) -> Column:
+        """From each arrival in the queue until the first token is there; steps take `stretch`
+        times as long."""
         self.simulations += 1
-        return np.array(
-            prefill_end_s(
-                self.prompt_costs(shape), arrival_s.tolist(), workers, self.judge.ttft_s.tolist()
-            )
-        )
+        limits_s = (self.judge.ttft_s - self.told_s) / stretch
+        shorter_s = arrival_s / stretch
+        costs = self.prompt_costs(shape)
+        end_s = prefill_end_s(costs, shorter_s.tolist(), workers, limits_s.tolist())
+        return np.array(end_s) * stretch - arrival_s
 
     def prefill_rps(self, shape: WorkerShape, workers: int) -> float:
         """Goodput of a pool, TTFT alone. Pools between the counts of `GRID` are interpolated."""
@@ -89,17 +110,16 @@ class PhaseSearch:
     def _prefill_at(self, shape: WorkerShape, workers: int) -> float:
         known = self._prefill.get((shape.key, workers))
         if known is None:
-            costs = self.prompt_costs(shape)
 
             def margin(rate_rps: float) -> float:
-                arrival_s = self.unit_arrival_s / rate_rps
-                waited = self.first_s(shape, workers, arrival_s) - arrival_s
-                return self.judge.margin(waited, None)
+                waited_s = self.waited_s(shape, workers, self.unit_arrival_s / rate_rps)
+                return self.judge.margin(waited_s + self.told_s, None)
 
-            if self.judge.margin(costs.alone_s(), None) < 0:
+            if self.judge.margin(self.alone_s(shape), None) < 0:
                 known = 0.0  # late even with nobody else there
             else:
-                known = highest_rate(margin, 0.9 * workers * costs.capacity_rps())
+                capacity_rps = self.prompt_costs(shape).capacity_rps()
+                known = highest_rate(margin, 0.9 * workers * capacity_rps)
             self._prefill[shape.key, workers] = known
         return known
 
@@ -108,8 +128,13 @@ class PhaseSearch:
     def row_costs(self, shape: WorkerShape) -> RowCosts:
         costs = self._row_costs.get(shape.key)
         if costs is None:
-            costs = self._row_costs[shape.key] = RowCosts(shape.decode)
+            latency = in_service(shape.decode, self._overheads)
+            costs = self._row_costs[shape.key] = RowCosts(latency)
         return costs
+
+    def decode(self, shape: WorkerShape) -> PhaseLatency:
+        """Decode steps in service."""
+        return self.row_costs(shape).latency
 
     def last_s(self, shape: WorkerShape, workers: int, ready_s: Column) -> Column:
         """When each last token is there, with KV there at `ready_s`."""
@@ -154,17 +179,18 @@ class PhaseSearch:
         limit_s = self.judge.mean_tpot_s
         most = min(self.problem.config.search.max_batch_size, shape.kv_tokens / per_row)
         stages = shape.pipeline_parallel
+        steps = self.decode(shape)
         low, high = 0.0, most / stages
         for _ in range(20):
             rows = (low + high) / 2
-            step_s = shape.decode.total_s(
+            step_s = steps.total_s(
                 StepFeatures(decode_rows=max(1, round(rows)), decode_context=round(rows * per_row))
             )
             low, high = (rows, high) if step_s <= limit_s else (low, rows)
         if low == 0.0:
             return 0.0
         features = StepFeatures(decode_rows=max(1, round(low)), decode_context=round(low * per_row))
-        return low * stages / shape.decode.total_s(features) / max(1.0, tokens - 1)
+        return low * stages / steps.total_s(features) / max(1.0, tokens - 1)
 
     # pairs
 
@@ -209,9 +235,11 @@ class PhaseSearch:
         return rate_rps, missed[min(above)] if above else "tpot"
 
     def behind_s(self, prefill: WorkerShape, decode: WorkerShape, *, local: bool) -> Column:
-        """From the end of prefill until decode can go on, on links with nobody else there."""
+        """From the end of prefill until decode can go on, on links with nobody else there: once it
+        has the KV and the gateway's word."""
+        handoff_s = self.problem.overheads.handoff_s
         if not self.problem.kv_bytes_per_token:
-            return np.zeros(self.workload.num_requests)
+            return np.full(self.workload.num_requests, handoff_s)
         ends = (prefill.machine.network, decode.machine.network)
         sides = [end.local if local else end.remote for end in ends]
         width = min(prefill.gpus, decode.gpus)
@@ -219,13 +247,14 @@ class PhaseSearch:
             bytes_per_s=width * min(side.bytes_per_s for side in sides),
             latency_s=max(side.latency_s for side in sides),
         )
-        return visible_s(
+        sent_s = visible_s(
             self.workload.prompt_tokens,
             self.problem.kv_bytes_per_token,
             self.problem.model.num_layers,
             self.prompt_costs(prefill).alone_s(),
             link,
         )
+        return np.maximum(sent_s, handoff_s)
 
     def outcome(
         self,
@@ -243,12 +272,13 @@ class PhaseSearch:
         """
         some = min(n, PREFILL_SLICE)
         arrival_s = self.unit_arrival_s / (rate_rps * some / n)
-        first_s = self.first_s(prefill, some, arrival_s)
-        ttft_s = first_s - arrival_s
+        tokens_per_s = rate_rps * float(self.workload.output_tokens.mean())
+        stretch = prefill_stretch(self.problem.overheads, n, m, tokens_per_s, self.decode(decode))
+        waited_s = self.waited_s(prefill, some, arrival_s, stretch)
         others = min(m, DECODE_SLICE)
-        ready_s = self.unit_arrival_s / (rate_rps * others / m) + ttft_s + behind_s
+        ready_s = self.unit_arrival_s / (rate_rps * others / m) + waited_s + behind_s
         last_s = self.last_s(decode, others, ready_s)
-        return ttft_s, (last_s - ready_s + behind_s) / self.later
+        return waited_s + self.told_s, (last_s - ready_s + behind_s) / self.later
 
 
 def _stretched(workload: Workload, problem: Problem, lengths: tuple[float, float]) -> Workload:

@@ -6,30 +6,23 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 
-import numpy as np
-
-from ..engine.errors import InvalidConfig, PhasewiseError
-from ..engine.step_time import StepFeatures
-from .candidates import Judged, parse_compare, score, within_budget
+from ..engine.errors import InvalidConfig
+from .candidates import (
+    Judged,
+    carried_rps,
+    parse_compare,
+    promised_rps,
+    score,
+    within_budget,
+)
+from .infeasible import Infeasible, fits_nowhere, why_not
 from .inventory import Bundle
-from .judging import unloaded_by
-from .phase_search import PhaseSearch
 from .problem import Problem
 from .search import Report, Search
 from .units import bundles_of
 from .verify import Verified, nothing, verify
 
 SEARCHES = 3  # each with more asked than the one before
-
-
-class Infeasible(PhasewiseError):
-    """No placement meets what is asked (exit code 3)."""
-
-    def __init__(self, binding: str, reason: str, nearest: str) -> None:
-        super().__init__(f"infeasible, {binding} binds: {reason}; nearest feasible: {nearest}")
-        self.binding = binding
-        self.reason = reason
-        self.nearest = nearest
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +39,10 @@ class Plan:
     bundles: tuple[Bundle, ...]
     verdict: str
 
+    def promised_rps(self, found: Verified) -> float:
+        """What may be offered to it: less than its goodput by chance and by the headroom."""
+        return promised_rps(found.judged, self.problem.config.objective)
+
     def tie(self, other: Verified) -> bool:
         """Whether both serve as much a GPU within their intervals."""
         a, b = self.best.judged, other.judged
@@ -58,7 +55,7 @@ class Plan:
 def make_plan(problem: Problem, report: Report) -> Plan:
     """Search, verify, choose. Raises Infeasible."""
     if not problem.shapes:
-        raise _fits_nowhere(problem)
+        raise fits_nowhere(problem)
     parse_compare(problem)  # a wrong word is said before the search, not after it
     search, ranked, kinds = _searched(problem, report)
     compared = _compared(problem, search, report)
@@ -106,12 +103,15 @@ def _searched(
             return search, ranked, kinds
         if not ranked or problem.rate_rps is None or asked.rate_rps is None:
             break
-        most_rps = max(found.judged.rate_rps for found in seen)
+        objective = problem.config.objective
+        most_rps = max(carried_rps(found.judged, objective) for found in seen)
+        if most_rps <= 0:
+            break
         more = max(1.05, 1.02 * problem.rate_rps / most_rps)
         spec = replace(asked.workload, rate_rps=asked.rate_rps * more)
         asked = replace(asked, workload=spec)
         search = Search(asked, report)
-    raise _unconfirmed(problem, seen) if seen else _why_not(problem, search)
+    raise _unconfirmed(problem, seen) if seen else why_not(problem, search)
 
 
 def _verified(problem: Problem, ranked: Sequence[Judged], report: Report) -> list[Verified]:
@@ -128,13 +128,41 @@ def _verified(problem: Problem, ranked: Sequence[Judged], report: Report) -> lis
 
 
 def _unconfirmed(problem: Problem, seen: Sequence[Verified]) -> Infeasible:
-    """Recurrences found placements for the rate, and simulation does not bear them out."""
-    best = max(seen, key=lambda found: found.judged.rate_rps).judged
+    """Recurrences found placements, and simulation does not bear them out."""
+    objective = problem.config.objective
+    best = max(seen, key=lambda found: carried_rps(found.judged, objective))
+    carried = min(carried_rps(best.judged, objective), best.judged.rate_rps)
+    if problem.rate_rps is None or carried <= 0:
+        return _held_at_no_rate(problem, max(seen, key=lambda found: found.attainment))
+    promised = f", and {carried:.2f} as a promise" if carried < best.judged.rate_rps else ""
     return Infeasible(
         "workload.rate_rps",
-        f"of {problem.rate_rps:g} req/s the simulation confirms {best.rate_rps:.2f} with "
-        f"{best.placement}, the best of {len(seen)} placements",
-        f"rate_rps {best.rate_rps:.2f}",
+        f"of {problem.rate_rps:g} req/s the simulation confirms {best.judged.rate_rps:.2f} with "
+        f"{best.judged.placement}, the best of {len(seen)} placements{promised}",
+        f"rate_rps {carried:.2f}",
+    )
+
+
+def _held_at_no_rate(problem: Problem, found: Verified) -> Infeasible:
+    """By recurrences there is a rate; in simulation not even a hundredth of it holds."""
+    metric = found.judged.binds
+    words = (
+        f"the simulation confirms no rate; with {found.judged.placement}, the best of those tried, "
+        f"and hardly any load,"
+    )
+    if problem.slowdown is not None:
+        key = f"slo.slowdown.{found.tightest.replace(' ', '.')}"
+        share = f"{found.attainment:.0%} keep {found.tightest}"
+        return Infeasible(key, f"{words} {share}", f"a looser {found.tightest}")
+    share = problem.slo.default.attainment
+    column = found.ttft_ms if metric == "ttft" else found.tpot_ms
+    reached = [(rank, ms) for rank, ms in zip((50, 90, 99), column, strict=True)]
+    rank, ms = next((pair for pair in reached if pair[0] >= 100 * share), reached[-1])
+    return Infeasible(
+        f"slo.{metric}_ms",
+        f"{words} {found.attainment:.0%} of requests meet both targets (p{rank} of "
+        f"{metric.upper()} {ms:.0f} ms)",
+        f"{metric}_ms {ms * 1.05:.0f}",
     )
 
 
@@ -182,134 +210,3 @@ def _verdict(problem: Problem, best: Verified, other: Verified | None) -> str:
     gpus = f"{a.placement.gpus} GPUs against {b.placement.gpus}"
     advice = "do not disaggregate" if colocated else "disaggregate"
     return f"{advice}: {words}, {gpus}"
-
-
-def _fits_nowhere(problem: Problem) -> Infeasible:
-    weights = problem.model.num_bytes
-    room = max(m.hardware.memory_bytes for m in problem.machines.values())
-    reasons = "; ".join(problem.left_out)
-    need = int(weights / (0.9 * room)) + 1
-    return Infeasible(
-        "memory",
-        f"{problem.model.name} has {weights / 1e9:.0f} GB of weights, a GPU {room / 1e9:.0f} GB, "
-        f"and no split within the limits holds it ({reasons})",
-        f"{need} or more GPUs a worker: raise search.max_tensor_parallel or "
-        "max_pipeline_parallel, or give more GPUs",
-    )
-
-
-def _why_not(problem: Problem, search: Search) -> Infeasible:
-    """The first of TTFT, TPOT, the budgets and the rate that cannot be met."""
-    phases = search.phases
-    if not any(phases.prefill_rps(shape, 1) for shape in problem.shapes):
-        return _too_late(problem, phases)
-    if not any(phases.decode_rps(shape, 1) for shape in problem.shapes):
-        return _too_slow(problem, phases)
-    return _too_small(problem)
-
-
-def _too_late(problem: Problem, phases: PhaseSearch) -> Infeasible:
-    """The first token, of prompts that nobody stands beside."""
-    slo, shapes = problem.slo.default, problem.shapes
-    if problem.slowdown is not None:
-        return _no_slowdown(problem, phases, "ttft")
-    share = 100 * slo.attainment
-    late_s = [float(np.percentile(phases.prompt_costs(s).alone_s(), share)) for s in shapes]
-    best_s, shape = min(zip(late_s, shapes, strict=True), key=lambda pair: pair[0])
-    return Infeasible(
-        "slo.ttft_ms",
-        f"{slo.ttft_s * 1e3:g} ms, while {share:g}% of prompts take up to "
-        f"{best_s * 1e3:.0f} ms on the fastest shape ({shape}) with nobody else there",
-        f"ttft_ms {best_s * 1.05e3:.0f}, with a light load",
-    )
-
-
-def _too_slow(problem: Problem, phases: PhaseSearch) -> Infeasible:
-    """A later token, of a row that nobody stands beside."""
-    if problem.slowdown is not None:
-        return _no_slowdown(problem, phases, "tpot")
-    context = round(float(phases.workload.prompt_tokens.mean()))
-    features = StepFeatures(decode_rows=1, decode_context=context)
-    alone_s = ((s.decode.total_s(features), s) for s in problem.shapes)
-    best_s, shape = min(alone_s, key=lambda pair: pair[0])
-    return Infeasible(
-        "slo.tpot_ms",
-        f"{problem.slo.default.tpot_s * 1e3:g} ms, while one row alone takes {best_s * 1e3:.1f} ms "
-        f"a token on the fastest shape ({shape})",
-        f"tpot_ms {best_s * 1.1e3:.1f}, with a light load",
-    )
-
-
-def _no_slowdown(problem: Problem, phases: PhaseSearch, metric: str) -> Infeasible:
-    """The limit that the fastest shape breaks most with nobody else there."""
-    judge = problem.slowdown
-    assert judge is not None
-    found = []
-    for shape in problem.shapes:
-        alone = unloaded_by(shape.prefill, shape.decode)(phases.workload)
-        times = (alone[0], None) if metric == "ttft" else (None, alone[1])
-        broken = judge.broken(phases.workload, *times)
-        found.append((broken[1] / broken[2], broken, shape))
-    _, (name, value, limit), shape = min(found, key=lambda item: item[0])
-    key = f"slo.slowdown.{name.replace(' ', '.')}"
-    if value > limit:
-        reason = f"{limit:g}×, while {shape} takes {value:.2f}× with nobody else there"
-        return Infeasible(key, reason, f"{name} {value * 1.05:.2f}, with a light load")
-    reason = f"{limit:g}×, which no rate keeps; alone {shape} takes {value:.2f}×"
-    return Infeasible(key, reason, f"{name} {limit * 1.1:.2f}, with a light load")
-
-
-def _too_small(problem: Problem) -> Infeasible:
-    """What the machines can carry within the budgets, and which budget stands in the way."""
-    objective = problem.config.objective
-    config = problem.config
-    free = replace(config, workload={k: v for k, v in config.workload.items() if k != "rate_rps"})
-    goal = replace(objective, goal="goodput")
-    most = Search(
-        replace(problem, config=replace(free, objective=goal)), lambda what, share: None
-    ).run()
-    asked = f"{problem.rate_rps:g} req/s" if problem.rate_rps is not None else "any rate"
-    budgets = (objective.max_gpus, objective.max_cost_per_hour, objective.max_power_w)
-    if not most:
-        return Infeasible(
-            "the budget" if any(budgets) else "the inventory",
-            f"no placement for {asked} fits the machines and budgets together",
-            "give more GPUs, or raise objective.max_gpus, max_cost_per_hour, max_power_w",
-        )
-    best = most[0]
-    bigger = replace(
-        best.placement, decode=replace(best.placement.decode, count=best.placement.decode.count + 1)
-    )
-    binding = within_budget(bigger, objective) or "the inventory"
-    return Infeasible(
-        binding,
-        f"{asked} is more than its {best.rate_rps:.2f} req/s with {best.placement}",
-        f"rate_rps {best.rate_rps * 0.95:.2f}",
-    )
-
-
-def check_config(problem: Problem) -> None:
-    """Budgets that contradict each other or the machines. Raises InvalidConfig."""
-    objective = problem.config.objective
-    total = sum(machine.gpus for machine in problem.machines.values())
-    if objective.max_gpus is not None and objective.max_gpus > total:
-        raise InvalidConfig(
-            "objective.max_gpus",
-            f"{objective.max_gpus}, while the inventory has {total}",
-            "lower it, or add machines",
-        )
-    if not problem.shapes:
-        return
-    least = min(problem.shapes, key=lambda shape: shape.cost_per_hour)
-    for key, limit, own, unit in (
-        ("max_gpus", objective.max_gpus, min(s.gpus for s in problem.shapes), "GPUs"),
-        ("max_cost_per_hour", objective.max_cost_per_hour, least.cost_per_hour, "$ an hour"),
-        ("max_power_w", objective.max_power_w, min(s.power_w for s in problem.shapes), "W"),
-    ):
-        if limit is not None and limit < own * (1 + objective.spare):
-            raise Infeasible(
-                f"objective.{key}",
-                f"{limit:g}, while the smallest worker that holds the model takes "
-                f"{own * (1 + objective.spare):g} {unit}",
-                f"{key} {own * (1 + objective.spare):g}",
-            )

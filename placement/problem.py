@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -18,7 +18,7 @@ from .judging import PercentileJudge, unloaded_by
 from .latency import LatencySource, NoLatency, PhaseLatency
 from .model_shape import ModelShape, read_shape
 from .roofline import RooflineLatency
-from .slo import SloPolicy, parse_slo
+from .slo import SloPolicy, check_classes, parse_slo
 from .slowdown import SlowdownSection, parse_slowdown, policy_of
 from .step_profile import read_profile
 from .tables import read_splitwise
@@ -26,6 +26,7 @@ from .workload import WorkloadSpec, parse_workload
 
 Shape = tuple[int, int]  # tensor parallel, pipeline parallel
 RATE_GOALS = ("gpus", "cost", "power")
+HEAVY = "the weights do not fit"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,6 +88,7 @@ class Problem:
     slowdown: PercentileJudge | None  # what is judged instead of `slo`
     shapes: tuple[WorkerShape, ...]
     left_out: tuple[str, ...]  # shapes that cannot be, with the reason
+    roomiest: int  # positions of the one among them that has most room for KV, if too little
     max_model_len: int
     overheads: Overheads  # of a launched cluster, outside steps
 
@@ -106,13 +108,19 @@ class Problem:
         return replace(self, slo=replace(self.slo, default=default), slowdown=judge)
 
     @property
+    def needed_rps(self) -> float | None:
+        """The goodput that leaves the headroom at that rate."""
+        rate_rps = self.rate_rps
+        return None if rate_rps is None else rate_rps / (1 - self.config.objective.headroom)
+
+    @property
     def kv_bytes_per_token(self) -> float:
         return self.model.kv_bytes_per_token if self.config.search.kv_transfer else 0.0
 
 
 def read_problem(config: PlanConfig, folder: Path) -> Problem:
     """Look up everything a plan file names. Relative paths in sections start from `folder`."""
-    model = read_shape(config.model.path)
+    model = read_shape(config.model.path).served_as(config.model.dtype, "auto")
     max_model_len = config.model.max_model_len or model.max_positions
     section = {"max_total_tokens": max_model_len, "rate_rps": 1.0, **config.workload}
     if "trace" in section and "rate_rps" not in config.workload:
@@ -127,7 +135,8 @@ def read_problem(config: PlanConfig, folder: Path) -> Problem:
     sources = _sources(config, model, machines)
     workload = parse_workload(_timeless(section), base=folder)
     slo, slowdown = _targets(config, machines, sources, workload)
-    shapes, left_out = _shapes(config, model, machines, sources)
+    check_classes(slo, workload.class_names)
+    shapes, left_out, roomiest = _shapes(config, model, machines, sources)
     return Problem(
         config=config,
         model=model,
@@ -137,8 +146,9 @@ def read_problem(config: PlanConfig, folder: Path) -> Problem:
         slowdown=slowdown,
         shapes=shapes,
         left_out=left_out,
+        roomiest=roomiest,
         max_model_len=max_model_len,
-        overheads=_overheads(config.latency),
+        overheads=_overheads(config),
     )
 
 
@@ -192,7 +202,15 @@ def _sources(
     return found
 
 
-def _overheads(latency: LatencyConfig) -> Overheads:
+def _overheads(config: PlanConfig) -> Overheads:
+    latency = config.latency
+    for name, own in config.machine_latency.items():
+        if own.calibration is not None:
+            raise InvalidConfig(
+                f"machine_latency.{name}.calibration",
+                "is of one machine, while a calibration is of a whole cluster",
+                "give it as latency.calibration",
+            )
     return read_calibration(latency.calibration).overheads if latency.calibration else Overheads()
 
 
@@ -207,7 +225,8 @@ def _source(
     if latency.source == "aiconfigurator":
         return AiconfiguratorLatency(model=folder, name=model.name, hardware=machine.hardware.name)
     if latency.source == "sheet":
-        return RooflineLatency(shape=model, hardware=machine.hardware)
+        domain = machine.nvlink_domain
+        return RooflineLatency(shape=model, hardware=machine.hardware, domain=domain)
     if latency.file is None:
         raise InvalidConfig(f"{where}.file", "is missing", f"name the {latency.source} file")
     if latency.source == "profile":
@@ -225,10 +244,7 @@ def _from_splitwise(
     latency: LatencyConfig, file: Path, model: ModelShape, machine: MachineType, where: str
 ) -> LatencySource:
     profiles = read_splitwise(file)
-    name = latency.model or model.name
-    known = sorted({name for name, _ in profiles})
-    if name not in known:
-        raise InvalidConfig(f"{where}.model", f"{name!r} is not in the file", f"use one of {known}")
+    name = _named(latency, model, profiles, where)
     kind = machine.hardware.name.partition("-")[0]
     for (own, hardware), profile in profiles.items():
         if own == name and hardware.partition("-")[0] == kind:
@@ -244,10 +260,7 @@ def _from_distserve(
     latency: LatencyConfig, file: Path, model: ModelShape, machine: MachineType, where: str
 ) -> LatencySource:
     profile = read_distserve_profile(file)
-    name = latency.model or model.name
-    known = sorted({name for name, _ in profile})
-    if name not in known:
-        raise InvalidConfig(f"{where}.model", f"{name!r} is not in the file", f"use one of {known}")
+    name = _named(latency, model, profile, where)
     if not machine.hardware.name.startswith("a100"):
         raise InvalidConfig(
             f"inventory.{machine.name}.hardware",
@@ -257,30 +270,36 @@ def _from_distserve(
     return DistServeLatency(model=name, profile=profile)
 
 
+def _named(
+    latency: LatencyConfig, model: ModelShape, held: Iterable[tuple[str, object]], where: str
+) -> str:
+    """The model's name in a file that holds times by (model, what they were taken on)."""
+    name = latency.model or model.name
+    known = sorted({one for one, _ in held})
+    if name not in known:
+        raise InvalidConfig(f"{where}.model", f"{name!r} is not in the file", f"use one of {known}")
+    return name
+
+
 def _shapes(
     config: PlanConfig,
     model: ModelShape,
     machines: Mapping[str, MachineType],
     sources: Mapping[str, LatencySource],
-) -> tuple[tuple[WorkerShape, ...], tuple[str, ...]]:
-    """Every (machine, TP, PP) that holds the model, and why the others do not."""
-    shapes, left_out = [], []
+) -> tuple[tuple[WorkerShape, ...], tuple[str, ...], int]:
+    """Every (machine, TP, PP) that holds the model, why the others do not, and the most positions
+    of one that has too few."""
+    shapes, left_out, roomiest = [], [], 0
     for machine in machines.values():
         for tp, pp in _parallelisms(config, machine):
             words = f"{machine.name} TP{tp} PP{pp}"
             if not model.divides(tp, pp):
                 left_out.append(f"{words}: heads or layers do not divide")
                 continue
-            latency = config.machine_latency.get(machine.name, config.latency)
-            tokens = latency.kv_tokens or model.kv_capacity_tokens(
-                machine.hardware.memory_bytes,
-                tp,
-                pp,
-                max_batch_tokens=config.search.max_batch_tokens,
-            )
-            if tokens < (config.model.max_model_len or 1):
-                room = f"room for {tokens} tokens of KV" if tokens else "the weights do not fit"
-                left_out.append(f"{words}: {room} in {machine.hardware.memory_bytes / 1e9:g} GB")
+            tokens, too_few = _kv_tokens(config, model, machine, tp, pp)
+            if too_few:
+                roomiest = max(roomiest, tokens)
+                left_out.append(f"{words}: {too_few} in {machine.hardware.memory_bytes / 1e9:g} GB")
                 continue
             shape = WorkerShape(
                 machine=machine,
@@ -295,7 +314,27 @@ def _shapes(
                 left_out.append(f"{words}: {error.reason}")
                 continue
             shapes.append(shape)
-    return tuple(shapes), tuple(left_out)
+    return tuple(shapes), tuple(left_out), roomiest
+
+
+def _kv_tokens(
+    config: PlanConfig, model: ModelShape, machine: MachineType, tp: int, pp: int
+) -> tuple[int, str]:
+    """Positions that a worker of this shape has room for, and what is wrong with that, or ""."""
+    room = config.machine_latency.get(machine.name, config.latency).kv_tokens
+    room = room or model.kv_capacity_tokens(
+        machine.hardware.memory_bytes, tp, pp, max_batch_tokens=config.search.max_batch_tokens
+    )
+    if not room:
+        return 0, HEAVY
+    asked = room
+    if config.kv.memory is not None:
+        asked = int(config.kv.memory // model.kv_bytes_per_token)
+    if asked > room:
+        return room, f"room for {room} tokens of KV, not for the {asked} of kv.memory,"
+    if asked < (config.model.max_model_len or config.kv.block_size):
+        return asked, f"room for {asked} tokens of KV"
+    return asked, ""
 
 
 def _parallelisms(config: PlanConfig, machine: MachineType) -> list[Shape]:

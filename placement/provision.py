@@ -82,7 +82,10 @@ def options_of(problem: Problem, phases: PhaseSearch) -> list[Option]:
         ):
             if rate_rps > 0:
                 options.append(_option(role, shape, rate_rps, kv))
-    for key, (rate_rps, _) in phases.colocated.items():
+    least: dict[tuple[str, int, int], float] = {}  # where workers share cores it hangs on how many
+    for (key, _), (rate_rps, _) in phases.colocated.items():
+        least[key] = min(rate_rps, least.get(key, inf))
+    for key, rate_rps in least.items():
         shape = next(s for s in problem.shapes if s.key == key)
         if rate_rps > 0:
             options.append(_option("colocated", shape, rate_rps, 0.0))

@@ -76,6 +76,7 @@ def _head(plan: Plan) -> str:
             "req/s",
             f"{best.judged.low_rps:.2f} to {best.judged.high_rps:.2f}",
         ),
+        ("Promise", f"{plan.promised_rps(best):.2f}", "req/s", _reserve(plan)),
         ("A GPU", f"{best.judged.per_gpu:.2f}", "req/s", f"{placement.gpus} GPUs"),
         ("TTFT p90", f"{best.ttft_ms[1]:.0f}", "ms", f"target {slo.ttft_s * 1e3:.4g}"),
         ("TPOT p90", f"{best.tpot_ms[1]:.1f}", "ms", f"target {slo.tpot_s * 1e3:.4g}"),
@@ -98,6 +99,11 @@ def _head(plan: Plan) -> str:
         f"<p class='verdict'>{escape(plan.verdict[0].upper() + plan.verdict[1:])}.</p></header>"
         f"<section class='tiles'>{tiles}</section>"
     )
+
+
+def _reserve(plan: Plan) -> str:
+    headroom = plan.problem.config.objective.headroom
+    return f"low end less {headroom:.0%}" if headroom else "low end of the interval"
 
 
 def _contenders(plan: Plan) -> list[tuple[str, Judged]]:

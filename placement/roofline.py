@@ -19,6 +19,7 @@ ACTIVATION_BYTES = 2.0
 KNOTS = tuple(
     sorted({int(2 ** (i / 2)) for i in range(31)} | {96, 160, 192, 224, 320, 384, 448})
 )  # 1 to 32,768
+NETWORK_HOP_S = 20e-6  # of an all-reduce from node to node, before the first byte; assumed
 HOP_S = 10e-6  # to hand a stage's activations on, before the first byte
 
 
@@ -62,13 +63,23 @@ def layer_s(shape: ModelShape, tokens: float, tensor_parallel: int, hardware: Ha
     return seconds + traffic_s + hardware.coefficients.layer_s
 
 
-def all_reduce_s(num_bytes: float, tensor_parallel: int, hardware: Hardware) -> float:
-    """A ring over `tensor_parallel` devices: every one sends 2(n − 1)/n of the bytes."""
+def all_reduce_s(
+    num_bytes: float, tensor_parallel: int, hardware: Hardware, domain: int = 0
+) -> float:
+    """A ring over `tensor_parallel` devices: every one sends 2(n − 1)/n of the bytes.
+
+    `domain`: devices that reach each other at full speed, 0 for all. A ring that leaves it crosses
+    the network, over the ports of all of its devices there at once.
+    """
     if tensor_parallel == 1:
         return 0.0
-    shares = hardware.coefficients
+    shares, width_s = hardware.coefficients, hardware.link_bandwidth
+    fixed_s = shares.all_reduce_s
+    if domain and tensor_parallel > domain:
+        width_s = min(width_s, domain * hardware.network_bandwidth)
+        fixed_s += 2 * (-(-tensor_parallel // domain) - 1) * NETWORK_HOP_S
     sent = 2 * (tensor_parallel - 1) / tensor_parallel * num_bytes
-    return shares.all_reduce_s + sent / (hardware.link_bandwidth * shares.all_reduce)
+    return fixed_s + sent / (width_s * shares.all_reduce)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -77,6 +88,7 @@ class RooflineLatency:
 
     shape: ModelShape
     hardware: Hardware
+    domain: int = 0  # devices that reach each other at full speed; 0: all
 
     def phase(
         self, phase: Phase, tensor_parallel: int = 1, pipeline_parallel: int = 1
@@ -113,7 +125,7 @@ class RooflineLatency:
         for tokens in KNOTS:
             hop_s = 0.0 if last else HOP_S + tokens * hidden_bytes / hardware.link_bandwidth
             one_s = layer_s(shape, tokens, tp, hardware)
-            one_s += 2 * all_reduce_s(tokens * hidden_bytes, tp, hardware)
+            one_s += 2 * all_reduce_s(tokens * hidden_bytes, tp, hardware, self.domain)
             curve.append(shares.step_s / pp + layers * one_s + head_s + hop_s)
         copies = max(1, tp // shape.num_kv_heads)
         kv = shape.kv_bytes_per_token * copies / tp / pp

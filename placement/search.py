@@ -46,14 +46,15 @@ class Search:
         self.room = room_of(problem)
         self.phases = PhaseSearch(problem, seed, lengths)
         self.considered = 0
+        self.tried: list[Placement] = []  # of these, both phases in a row
 
     def run(self) -> list[Judged]:
         """Best first, by recurrences. Empty where nothing can carry the rate."""
         self._measure_phases()
-        rough = self._rough()
+        self.tried = self._rough()
         judged = []
-        for i, placement in enumerate(rough):
-            self.report("pairs", i / len(rough))
+        for i, placement in enumerate(self.tried):
+            self.report("pairs", i / len(self.tried))
             judged.append(self.judge(placement))
         self.report("pairs", 1.0)
         return self.ranked(judged)
@@ -77,7 +78,7 @@ class Search:
         """By recurrences: both phases in a row, TTFT and TPOT jointly."""
         prefill, decode = placement.prefill, placement.decode
         if prefill is None:
-            rate_rps, binds = self._colocated(decode.shape)
+            rate_rps, binds = self._colocated(decode.shape, decode.count)
             rate_rps *= decode.count
         else:
             rate_rps, binds = self.phases.pair_rps(
@@ -98,7 +99,7 @@ class Search:
         prefill, decode = placement.prefill, placement.decode
         each_rps = rate_rps / placement.copies
         if prefill is None:
-            times = outcome(self.phases, decode.shape, each_rps / decode.count)
+            times = outcome(self.phases, decode.shape, each_rps / decode.count, decode.count)
             return self.phases.judge.share(*times)
         behind_s = self.phases.behind_s(prefill.shape, decode.shape, local=placement.local)
         times = self.phases.outcome(
@@ -193,7 +194,7 @@ class Search:
 
     def _counts(self, prefill: WorkerShape, decode: WorkerShape) -> Iterable[tuple[int, int]]:
         """Counts worth a look: the least that carry the rate, or all that fill the machines."""
-        rate_rps = self.problem.rate_rps
+        rate_rps = self.problem.needed_rps
         if rate_rps is not None:
             n = self._least(prefill, rate_rps, self.phases.prefill_rps)
             m = self._least(decode, rate_rps, self.phases.decode_rps)
@@ -252,7 +253,7 @@ class Search:
                 if not copies:
                     break
                 rate_rps = min(rate, self.phases.decode_rps(decode, m))
-                wanted = self.problem.rate_rps
+                wanted = self.problem.needed_rps
                 if wanted is not None and rate_rps > 0:
                     copies = min(copies, ceil(wanted / rate_rps))
                 placement = replace(unit, copies=copies)
@@ -266,22 +267,28 @@ class Search:
         bounds = {shape.key: mean_rps(self.phases, shape) / shape.gpus for shape in self._mixing()}
         promising = sorted(self._mixing(), key=lambda shape: -bounds[shape.key])
         for shape in promising[:ALONE]:
-            each, _ = self._colocated(shape)
-            if each <= 0:
-                continue
             most = self.room.workers(shape, shape.power_w) - spare
-            wanted = self.problem.rate_rps
-            counts = (most,) if wanted is None else (ceil(wanted / each), ceil(wanted / each) + 1)
-            for count in counts:
+            for count in self._counts_alone(shape, most):
                 if 1 <= count <= most:
                     pool = Pool(shape=shape, count=count)
                     placement = Placement(prefill=None, decode=pool, spare=spare)
+                    each, _ = self._colocated(shape, count)
                     yield self._value(placement, count * each), placement
+
+    def _counts_alone(self, shape: WorkerShape, most: int) -> list[int]:
+        """All of them, or the least that carry the rate, as if alone or beside all others, and one
+        more."""
+        wanted = self.problem.needed_rps
+        each = [self._colocated(shape, workers)[0] for workers in (1, most)]
+        if wanted is None:
+            return [most] if each[0] > 0 else []
+        least = {ceil(wanted / one) for one in each if one > 0}
+        return sorted(least | {count + 1 for count in least})
 
     def _mixing(self) -> list[WorkerShape]:
         """Pipelines gain nothing from chunks that wait for rows: one stage is tried, if it fits."""
         single = [shape for shape in self.problem.shapes if shape.pipeline_parallel == 1]
         return single or list(self.problem.shapes)
 
-    def _colocated(self, shape: WorkerShape) -> tuple[float, str]:
-        return colocated_rps(self.phases, shape)
+    def _colocated(self, shape: WorkerShape, workers: int) -> tuple[float, str]:
+        return colocated_rps(self.phases, shape, workers)

@@ -8,8 +8,9 @@ request takes on an unloaded reference (Splitwise, ISCA '24, table VI).
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import nan
 from typing import Any
 
 import numpy as np
@@ -45,13 +46,6 @@ class SlowdownTargets:
             tpot={rank: limit * tpot for rank, limit in self.tpot.items()},
             e2e={rank: limit * tpot for rank, limit in self.e2e.items()},
         )
-
-
-SPLITWISE_SLOWDOWNS = SlowdownTargets(
-    ttft={50: 2.0, 90: 3.0, 99: 6.0},
-    tpot={50: 1.25, 90: 1.5, 99: 5.0},
-    e2e={50: 1.25, 90: 1.5, 99: 5.0},
-)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -122,24 +116,38 @@ def parse_slo(section: Mapping[str, Any], *, where: str = "slo") -> SloPolicy:
     return SloPolicy(default=default, classes=parsed)
 
 
+def check_classes(policy: SloPolicy, names: Sequence[str], *, where: str = "slo") -> None:
+    """Refuse targets of a class that no request can have: nobody would be held to them."""
+    for name in policy.classes:
+        if name not in names:
+            near = difflib.get_close_matches(name, names, n=1, cutoff=0.0)[0]
+            raise InvalidConfig(
+                f"{where}.classes.{name}",
+                f"no request has this class; the workload has {', '.join(names)}",
+                f"nearest is {near!r}, or give shares in workload.classes",
+            )
+
+
 def _targets(where: str, section: Mapping[str, Any], default: SloTargets | None) -> SloTargets:
-    attainment = _positive(
-        where, section, "attainment", default.attainment if default else DEFAULT_ATTAINMENT
-    )
-    if attainment > 1:
+    attainment = section.get("attainment", default.attainment if default else DEFAULT_ATTAINMENT)
+    if isinstance(attainment, bool) or not isinstance(attainment, int | float):
+        attainment = nan
+    if not 0 < attainment <= 1:
         raise InvalidConfig(
-            f"{where}.attainment", f"{attainment:g} is not a share", "give at most 1, as 0.9"
+            f"{where}.attainment",
+            f"{section['attainment']!r} is not a share",
+            "give one above 0 and at most 1, as 0.9 for 90%",
         )
     ttft_s = _positive(where, section, "ttft_ms", default.ttft_s * 1e3 if default else None)
     tpot_s = _positive(where, section, "tpot_ms", default.tpot_s * 1e3 if default else None)
-    return SloTargets(ttft_s=ttft_s / 1e3, tpot_s=tpot_s / 1e3, attainment=attainment)
+    return SloTargets(ttft_s=ttft_s / 1e3, tpot_s=tpot_s / 1e3, attainment=float(attainment))
 
 
 def _positive(where: str, section: Mapping[str, Any], key: str, default: float | None) -> float:
     value = section.get(key, default)
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e12:
         reason = "is missing" if value is None else f"{value!r} is not a positive number"
-        raise InvalidConfig(f"{where}.{key}", reason, "give a positive number")
+        raise InvalidConfig(f"{where}.{key}", reason, "give milliseconds in digits, as 250 or 0.5")
     return float(value)
 
 

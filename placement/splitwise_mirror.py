@@ -12,6 +12,15 @@ from dataclasses import replace
 from .problem import Problem
 from .step_profile import StepProfile
 
+# Its designs as published, in the words of `candidates.parse_placement`.
+DESIGNS = {
+    "HH": "25P8x1@h100 15D8x1@h100",
+    "HA": "25P8x1@h100 26D8x1@a100",
+    "AA": "45P8x1@a100 25D8x1@a100",
+    "baseline H100": "40D8x1@h100",
+    "baseline A100": "70D8x1@a100",
+}
+
 
 def with_free_batching(problem: Problem) -> Problem:
     """Every decode step takes as long as one of a single row. Of a problem whose times come from

@@ -13,6 +13,7 @@ A point is one step of `batch` equal rows: each computes `new_tokens` (1 in deco
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -96,10 +97,18 @@ class StepProfile:
             ("hardware", hardware, self.hardware),
             ("model", model, self.model),
         ):
-            if wanted is not None and wanted != own:
+            if wanted is not None and wanted != own and not _names(wanted, own):
                 raise InvalidConfig(
                     f"profile.{field}", f"was measured for {own!r}, not {wanted!r}", "profile it"
                 )
+
+
+def _names(sheet: str, device: str) -> bool:
+    """Whether a sheet is of a device by the driver's name: "h100" of "NVIDIA H100 80GB HBM3",
+    "a100-80g" of "NVIDIA A100-SXM4-80GB"."""
+    words = re.findall(r"[a-z0-9]+", device.lower())
+    parts = sheet.split("-")
+    return len(words) > 1 and all(part in words or f"{part}b" in words for part in parts)
 
 
 def write_profile(profile: StepProfile, path: str | Path) -> None:

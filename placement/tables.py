@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import csv
 import gzip
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import inf
 from pathlib import Path
 
 from ..engine.errors import InvalidConfig
@@ -39,7 +41,7 @@ def _rows(path: str | Path, columns: set[str]) -> list[dict[str, str]]:
     try:
         with opener(path, "rt", encoding="utf-8", newline="") as lines:
             rows = list(csv.DictReader(lines))
-    except (OSError, EOFError, UnicodeDecodeError) as error:
+    except (OSError, EOFError, UnicodeDecodeError, csv.Error, zlib.error) as error:
         raise InvalidConfig(str(path), f"cannot read: {error}", "give a CSV file") from error
     missing = columns - (rows[0].keys() if rows else set())
     if missing:
@@ -56,23 +58,36 @@ def read_splitwise(path: str | Path) -> Mapping[tuple[str, str], StepProfile]:
     """
     points: dict[tuple[str, str], list[ProfilePoint]] = {}
     columns = {"model", "hardware", "prompt_size", "batch_size", "token_size", "tensor_parallel"}
-    for row in _rows(path, columns | {"prompt_time", "token_time"}):
-        if row["hardware"].endswith("-pcap"):
+    rows = _rows(path, columns | {"prompt_time", "token_time"})
+    for line, row in enumerate(rows, start=2):
+        if (row["hardware"] or "").endswith("-pcap"):
             continue
-        prompt, batch, output = (int(row[k]) for k in ("prompt_size", "batch_size", "token_size"))
-        tp = int(row["tensor_parallel"])
-        points.setdefault((row["model"], row["hardware"]), []).extend(
-            (
-                _point("prefill", tp, prompt, 0, batch, float(row["prompt_time"])),
-                _point("decode", tp, 1, prompt + output // 2, batch, float(row["token_time"])),
-            )
-        )
+        try:
+            found = _splitwise_points(row)
+        except (TypeError, ValueError) as error:
+            raise InvalidConfig(
+                f"{path}:{line}", f"not a row of the table: {error}", "mend or remove the line"
+            ) from error
+        points.setdefault((row["model"], row["hardware"]), []).extend(found)
     return {
         (model, hardware): StepProfile(
             hardware=hardware, model=model, dtype="float16", origin=SPLITWISE, points=tuple(found)
         )
         for (model, hardware), found in points.items()
     }
+
+
+def _splitwise_points(row: Mapping[str, str]) -> tuple[ProfilePoint, ProfilePoint]:
+    """Of prefill and decode. Raises ValueError for what is no number above 0."""
+    keys = ("prompt_size", "batch_size", "token_size", "tensor_parallel")
+    prompt, batch, output, tp = (int(row[key]) for key in keys)
+    times = float(row["prompt_time"]), float(row["token_time"])
+    if min(prompt, batch, output, tp) < 1 or not all(0 < ms < inf for ms in times):
+        raise ValueError("a size or a time is not above 0")
+    return (
+        _point("prefill", tp, prompt, 0, batch, times[0]),
+        _point("decode", tp, 1, prompt + output // 2, batch, times[1]),
+    )
 
 
 def _point(
@@ -160,6 +175,33 @@ def _vidur_shape(row: Mapping[str, str]) -> ModelShape:
         weight_bytes=2.0,
         kv_item_bytes=2.0,
     )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AllReduceRow:
+    """`devices` sum `num_bytes`, `a_node` of them on each node."""
+
+    machine: str
+    devices: int
+    a_node: int
+    num_bytes: int
+    seconds: float
+
+
+def read_vidur_all_reduce(path: str | Path) -> list[AllReduceRow]:
+    """NCCL's times by machine (`all_reduce.csv`)."""
+    median = "time_stats.all_reduce.median"
+    columns = {"machine", "num_workers", "devices_per_node", "size", median}
+    return [
+        AllReduceRow(
+            machine=row["machine"],
+            devices=int(row["num_workers"]),
+            a_node=int(row["devices_per_node"]),
+            num_bytes=int(row["size"]),
+            seconds=float(row[median]) / 1000,
+        )
+        for row in _rows(path, columns)
+    ]
 
 
 def read_vidur_attention(path: str | Path, *, model: str, hardware: str) -> StepProfile:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import gzip
 import json
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime
@@ -65,6 +66,11 @@ class Trace:
     def num_requests(self) -> int:
         return len(self.prompt_tokens)
 
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """In order of appearance."""
+        return ("default",) if self.classes is None else tuple(dict.fromkeys(self.classes))
+
 
 Row = Mapping[str, Any]
 Parsed = tuple[float | None, int, int, str | None, list[int] | None]
@@ -88,7 +94,7 @@ def read_trace(path: str | Path, format: str = "auto") -> Trace:
             found = _detect(path, line, row)
         try:
             rows.append(FORMATS[found].parse(row))
-        except (KeyError, ValueError, TypeError, OverflowError) as error:
+        except (KeyError, ValueError, TypeError, OverflowError, AttributeError) as error:
             raise _bad_line(path, line, found, error) from error
     if not rows:
         raise InvalidConfig(str(path), "the trace holds no requests", "give a file with rows")
@@ -99,10 +105,14 @@ def _rows(path: Path) -> Iterator[tuple[int, Row]]:
     opener = gzip.open if path.suffix == ".gz" else open
     try:
         with opener(path, "rt", encoding="utf-8-sig", newline="") as lines:
-            first = lines.read(1)
+            first = next((word for line in lines if (word := line.strip())), "")[:1]
             lines.seek(0)
+            if first == "[":
+                raise InvalidConfig(
+                    str(path), "a JSON list, not JSON lines", "write one object a line"
+                )
             yield from (_json_rows if first == "{" else _csv_rows)(path, lines)
-    except (OSError, EOFError, csv.Error) as error:
+    except (OSError, EOFError, zlib.error, csv.Error) as error:
         raise InvalidConfig(
             str(path), f"cannot read the trace: {error}", "give a readable file"
         ) from error
@@ -118,7 +128,7 @@ def _json_rows(path: Path, lines: Any) -> Iterator[tuple[int, Row]]:
             continue
         try:
             row = json.loads(line)
-        except json.JSONDecodeError as error:
+        except (json.JSONDecodeError, RecursionError) as error:
             raise _bad_line(path, number, "JSON lines", error) from error
         if not isinstance(row, dict):
             raise _bad_line(path, number, "JSON lines", ValueError("not an object"))
@@ -126,7 +136,9 @@ def _json_rows(path: Path, lines: Any) -> Iterator[tuple[int, Row]]:
 
 
 def _csv_rows(path: Path, lines: Any) -> Iterator[tuple[int, Row]]:
-    reader = csv.DictReader(lines)
+    reader = csv.DictReader(lines, skipinitialspace=True)
+    if reader.fieldnames:
+        _detect(path, reader.line_num, dict.fromkeys(reader.fieldnames))
     for row in reader:
         if None in row or None in row.values():
             error = ValueError(f"expected {len(reader.fieldnames or ())} columns")
@@ -137,7 +149,7 @@ def _csv_rows(path: Path, lines: Any) -> Iterator[tuple[int, Row]]:
 def _bad_line(path: Path, line: int, format: str, error: Exception) -> InvalidConfig:
     reason = f"missing {error}" if isinstance(error, KeyError) else str(error)
     return InvalidConfig(
-        f"{path}:{line}", f"not a {format} row: {reason}", "mend or remove the line"
+        f"{path}:{line}", f"not a row of format {format}: {reason}", "mend or remove the line"
     )
 
 
@@ -157,7 +169,7 @@ def _tokens(value: Any) -> int:
         raise ValueError(f"token count {value!r} is not a whole number")
     tokens = int(value)
     if not 1 <= tokens <= MAX_TOKENS:
-        raise ValueError(f"token count {tokens} is not positive")
+        raise ValueError(f"token count {tokens} is not 1 to {MAX_TOKENS}")
     return tokens
 
 
@@ -166,6 +178,13 @@ def _seconds(value: Any, scale: float = 1.0) -> float:
     if not np.isfinite(seconds):
         raise ValueError(f"arrival time {value!r} is not finite")
     return seconds
+
+
+def _blocks(value: Any) -> list[int]:
+    """Ids of a prompt's blocks: any whole numbers, of which 64 bits are kept."""
+    if isinstance(value, str) or any(isinstance(block, bool | float) for block in value):
+        raise ValueError(f"{value!r} is no list of whole numbers")
+    return [(int(block) + 2**63) % 2**64 - 2**63 for block in value]
 
 
 def _azure(row: Row) -> Parsed:
@@ -179,9 +198,9 @@ def _azure(row: Row) -> Parsed:
 
 
 def _mooncake(row: Row) -> Parsed:
-    hashes = [int(block) for block in row["hash_ids"]]
     arrival_s = _seconds(row["timestamp"], 1e-3)
-    return arrival_s, _tokens(row["input_length"]), _tokens(row["output_length"]), None, hashes
+    lengths = _tokens(row["input_length"]), _tokens(row["output_length"])
+    return arrival_s, *lengths, None, _blocks(row["hash_ids"])
 
 
 def _vidur(row: Row) -> Parsed:
@@ -195,10 +214,16 @@ def _splitwise(row: Row) -> Parsed:
     return arrival_s, _tokens(row["prompt_size"]), _tokens(row["token_size"]), None, None
 
 
+def _burstgpt(row: Row) -> Parsed:
+    """BurstGPT; its failed requests, which have no response tokens, are lines to be removed."""
+    lengths = _tokens(row["Request tokens"]), _tokens(row["Response tokens"])
+    return _seconds(row["Timestamp"]), *lengths, None, None
+
+
 def _own(row: Row) -> Parsed:
     arrival_s = _seconds(row["arrival_s"]) if "arrival_s" in row else None
     name = str(row["class"]) if "class" in row else None
-    hashes = [int(block) for block in row["prefix_ids"]] if "prefix_ids" in row else None
+    hashes = _blocks(row["prefix_ids"]) if "prefix_ids" in row else None
     return arrival_s, _tokens(row["prompt_tokens"]), _tokens(row["output_tokens"]), name, hashes
 
 
@@ -218,6 +243,7 @@ FORMATS: Mapping[str, _Format] = {
     ),
     "vidur": _Format(frozenset({"num_prefill_tokens", "num_decode_tokens"}), _vidur),
     "splitwise": _Format(frozenset({"arrival_timestamp", "prompt_size", "token_size"}), _splitwise),
+    "burstgpt": _Format(frozenset({"Timestamp", "Request tokens", "Response tokens"}), _burstgpt),
     "jsonl": _Format(frozenset({"prompt_tokens", "output_tokens"}), _own, MOONCAKE_BLOCK_TOKENS),
 }
 

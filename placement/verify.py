@@ -12,11 +12,11 @@ from .candidates import Judged, Placement, Pool
 from .deployment import Deployment, WorkerModel
 from .goodput import mean_interval
 from .inventory import Bundle
-from .judging import JointJudge, spared
+from .judging import JointJudge, Verdict, spared
 from .network import Network
 from .problem import Problem
 from .search import Search
-from .simulated_run import StopRule
+from .simulated_run import SimulatedRun, StopRule
 from .simulator import simulate
 from .transfer import Link
 from .units import bundles_of
@@ -27,14 +27,14 @@ REQUESTS_A_WORKER = 230  # of a decode pool: its batches must fill long before t
 MOST_WORKERS = 24  # that are simulated: of larger pools a part, at the same rate a worker
 HOPELESS = 0.05  # so far below its share one seed's attainment ends the trial of a rate
 STEP = 0.95  # to the next lower rate where one does not hold
-FAR, FAR_STEP = 7, 0.85  # and after so many: calibrated overheads are not in the recurrences
-MOST_STEPS = 14
+MOST_STEPS = 90  # down to a hundredth of what the recurrences find
 Report = Callable[[str, float], None]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Verified:
-    """A placement at the rate that the simulation confirms."""
+    """A placement at the rate that the simulation confirms; where it confirms none, at rate 0 with
+    the shares and times of the lowest rate that was tried."""
 
     judged: Judged
     attainment: float  # joint, mean over seeds, at judged.rate_rps
@@ -56,22 +56,21 @@ def verify(problem: Problem, judged: Judged, report: Report) -> Verified:
     The interval of the rate is that of the recurrences over the seeds, at the same relative
     width: they share the requests, so they share what is chance.
     """
-    seeds = range(problem.config.search.seeds)
-    low, high = _interval(problem, judged, seeds)
-    rate_rps = judged.rate_rps
-    for step in range(MOST_STEPS):
-        report("simulation", step / MOST_STEPS)
-        found = _simulate(problem, judged, rate_rps, seeds, step)
+    trials = _Trials(problem, judged, report)
+    step = trials.first_step()
+    while step <= MOST_STEPS:
+        found = trials.all_hold(step)
         if found is not None:
+            rate_rps = trials.rates_rps[step]
+            low, high = _interval(problem, judged, trials.seeds)
             scaled = replace(
                 judged, rate_rps=rate_rps, low_rps=rate_rps * low, high_rps=rate_rps * high
             )
             report("simulation", 1.0)
             return replace(found, judged=replace(scaled, by="simulation"))
-        rate_rps *= STEP if step < FAR else FAR_STEP
-    raise AssertionError(
-        f"{judged.placement} holds {rate_rps:.2f} req/s at most, by recurrences more"
-    )
+        step += 1
+    report("simulation", 1.0)
+    return trials.refuted()
 
 
 def nothing(judged: Judged) -> Verified:
@@ -103,47 +102,119 @@ def _interval(problem: Problem, judged: Judged, seeds: Sequence[int]) -> tuple[f
     return max(0.0, 1 - half / mean), 1 + half / mean
 
 
-def _simulate(
-    problem: Problem, judged: Judged, rate_rps: float, seeds: Sequence[int], steps: int
-) -> Verified | None:
-    """At one rate, over all seeds; None when a class misses its share on the mean of them."""
-    part, share = judged.placement.part(MOST_WORKERS)
-    deployment = deployment_of(problem, part)
-    part_rps = rate_rps / judged.placement.copies * share
-    requests = max(REQUESTS, REQUESTS_A_WORKER * part.decode.count)
-    spec = replace(problem.workload, num_requests=requests)
-    judge = problem.slowdown or JointJudge(policy=problem.slo)
-    shares: list[dict[str, float]] = []
-    runs = []
-    for seed in seeds:
-        workload = spec.build(seed, rate_rps=part_rps)
-        run = simulate(deployment, workload, stop=_stop_rule(problem, workload))
-        verdict = judge.verdict(workload, run)
-        shares.append(dict(verdict.attainments))
-        runs.append(run)
-        short = (judge.share_of(name) - share for name, share in verdict.attainments.items())
-        if max(short) > HOPELESS:
+@dataclass(frozen=True, kw_only=True)
+class _Trial:
+    """One seed at one rate."""
+
+    verdict: Verdict
+    run: SimulatedRun
+    short: float  # how far the worst share is below what it must reach
+
+
+class _Trials:
+    """One placement, run at the found rate and at steps below it."""
+
+    def __init__(self, problem: Problem, judged: Judged, report: Report) -> None:
+        self.problem, self.judged, self._report = problem, judged, report
+        self.seeds = range(problem.config.search.seeds)
+        self.rates_rps = [judged.rate_rps]
+        for _ in range(MOST_STEPS):
+            self.rates_rps.append(self.rates_rps[-1] * STEP)
+        self._part, share = judged.placement.part(MOST_WORKERS)
+        self._scale = share / judged.placement.copies
+        self._deployment = deployment_of(problem, self._part)
+        requests = max(REQUESTS, REQUESTS_A_WORKER * self._part.decode.count)
+        self._spec = replace(problem.workload, num_requests=requests)
+        self._judge = problem.slowdown or JointJudge(policy=problem.slo)
+        self._first: dict[int, _Trial] = {}  # of the first seed, by step
+        self._runs = 0
+
+    def first_step(self) -> int:
+        """The least step at which one seed is not hopeless: doubled steps down, then halved ones
+        between. A seed that is ends early, one that is not runs in full."""
+        if not self._hopeless(0):
+            return 0
+        low, high = 0, 1
+        while self._hopeless(high):
+            if high == MOST_STEPS:
+                return MOST_STEPS + 1
+            low, high = high, min(2 * high, MOST_STEPS)
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if self._hopeless(middle) else (low, middle)
+        return high
+
+    def _hopeless(self, step: int) -> bool:
+        return self._trial(step, 0).short > HOPELESS
+
+    def all_hold(self, step: int) -> Verified | None:
+        """Over all seeds; None when a class misses its share on the mean of them."""
+        trials: list[_Trial] = []
+        for seed in self.seeds:
+            trials.append(self._trial(step, seed))
+            if trials[-1].short > HOPELESS:
+                return None
+        found = self._verified(trials)
+        names = trials[0].verdict.attainments
+        means = {name: _mean_share(trials, name) for name in names}
+        if any(mean < self._judge.share_of(name) for name, mean in means.items()):
             return None
-    means = {name: float(np.mean([s[name] for s in shares])) for name in shares[0]}
-    if any(mean < judge.share_of(name) for name, mean in means.items()):
-        return None
-    tightest = min(means, key=lambda name: spared(means[name], judge.share_of(name)))
-    _, half = mean_interval([s[tightest] for s in shares])
-    ttft, tpot = (np.concatenate([getattr(run, f) for run in runs]) for f in ("ttft_s", "tpot_s"))
-    return Verified(
-        judged=judged,
-        attainment=means[tightest],
-        attainment_half=half,
-        tightest=tightest,
-        simulated=part,
-        use_prefill=float(np.mean([run.use_of("prefill") for run in runs])),
-        use_decode=float(np.mean([run.use_of("decode") for run in runs])),
-        ttft_ms=_percentiles_ms(ttft),
-        tpot_ms=_percentiles_ms(tpot),
-        transfer_ms=float(np.nanmean([np.nanmean(run.transfer_s) for run in runs])) * 1e3,
-        preemptions=sum(int(run.preemptions.sum()) for run in runs),
-        runs=steps * len(seeds) + len(seeds),
-    )
+        return found
+
+    def refuted(self) -> Verified:
+        """At no rate, as seen at the lowest."""
+        trial = self._run(MOST_STEPS, 0, whole=True)
+        binds = "ttft" if trial.verdict.late >= trial.verdict.slow else "tpot"
+        none = replace(
+            self.judged, rate_rps=0.0, low_rps=0.0, high_rps=0.0, binds=binds, by="simulation"
+        )
+        return replace(self._verified([trial]), judged=none)
+
+    def _trial(self, step: int, seed: int) -> _Trial:
+        if seed == 0 and step in self._first:
+            return self._first[step]
+        trial = self._run(step, seed)
+        if seed == 0:
+            self._first[step] = trial
+        return trial
+
+    def _run(self, step: int, seed: int, *, whole: bool = False) -> _Trial:
+        """`whole`: to its end, hopeless or not."""
+        self._report("simulation", self._runs / (self._runs + len(self.seeds)))
+        workload = self._spec.build(seed, rate_rps=self.rates_rps[step] * self._scale)
+        stop = None if whole else _stop_rule(self.problem, workload)
+        run = simulate(self._deployment, workload, stop=stop)
+        self._runs += 1
+        verdict = self._judge.verdict(workload, run)
+        shares = verdict.attainments.items()
+        short = max(self._judge.share_of(name) - share for name, share in shares)
+        return _Trial(verdict=verdict, run=run, short=short)
+
+    def _verified(self, trials: Sequence[_Trial]) -> Verified:
+        runs = [trial.run for trial in trials]
+        means = {name: _mean_share(trials, name) for name in trials[0].verdict.attainments}
+        tightest = min(means, key=lambda name: spared(means[name], self._judge.share_of(name)))
+        _, half = mean_interval([trial.verdict.attainments[tightest] for trial in trials])
+        times = (np.concatenate([getattr(run, f) for run in runs]) for f in ("ttft_s", "tpot_s"))
+        ttft_ms, tpot_ms = (_percentiles_ms(seconds) for seconds in times)
+        return Verified(
+            judged=self.judged,
+            attainment=means[tightest],
+            attainment_half=half,
+            tightest=tightest,
+            simulated=self._part,
+            use_prefill=float(np.mean([run.use_of("prefill") for run in runs])),
+            use_decode=float(np.mean([run.use_of("decode") for run in runs])),
+            ttft_ms=ttft_ms,
+            tpot_ms=tpot_ms,
+            transfer_ms=float(np.nanmean([np.nanmean(run.transfer_s) for run in runs])) * 1e3,
+            preemptions=sum(int(run.preemptions.sum()) for run in runs),
+            runs=self._runs,
+        )
+
+
+def _mean_share(trials: Sequence[_Trial], name: str) -> float:
+    return float(np.mean([trial.verdict.attainments[name] for trial in trials]))
 
 
 def _stop_rule(problem: Problem, workload: Workload) -> StopRule | None:

@@ -20,6 +20,8 @@ from . import arrivals
 from .lengths import LengthDistribution, fit_lognormal, parse_length
 from .traces import FloatColumn, IntColumn, PrefixHashes, Trace, read_trace
 
+LEFT_OUT_DRAWS = 10_000
+MOST = 1e9
 DEFAULT_REQUESTS = 3000  # 300 are noise: five seeds of 300 gave 1.55 to 2.08 req/s for one shape
 
 
@@ -90,6 +92,25 @@ class WorkloadSpec:
     num_requests: int = DEFAULT_REQUESTS
     max_total_tokens: int | None = None  # longer requests are left out, as a server refuses them
     class_shares: Mapping[str, float] | None = None
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """That requests may have."""
+        if self.class_shares is not None:
+            return tuple(self.class_shares)
+        return ("default",) if self.trace is None else self.trace.class_names
+
+    @property
+    def left_out_share(self) -> float:
+        """Of the trace's requests, or of drawn ones before they are drawn again: too long."""
+        if self.max_total_tokens is None:
+            return 0.0
+        if self.trace is not None and self.prompt is None and not self.fitted:
+            return 1 - len(self._fitting_rows()) / self.trace.num_requests
+        free = replace(self, max_total_tokens=None, process="uniform", rate_rps=1.0)
+        drawn = replace(free, num_requests=LEFT_OUT_DRAWS).build(0)
+        total = drawn.prompt_tokens.astype(np.int64) + drawn.output_tokens
+        return float(np.mean(total > self.max_total_tokens))
 
     def build(self, seed: int, *, rate_rps: float | None = None) -> Workload:
         """The workload of one seed; the same seed at another rate has the same requests."""
@@ -170,7 +191,7 @@ class WorkloadSpec:
             if not len(long):
                 return prompts, outputs
             prompts[long], outputs[long] = prompt.sample(n, rng)[long], output.sample(n, rng)[long]
-        raise self._nothing_fits()
+        raise self._nothing_fits(int((prompts.astype(np.int64) + outputs).min()))
 
     def _fitting_rows(self) -> NDArray[np.int64]:
         assert self.trace is not None
@@ -178,14 +199,15 @@ class WorkloadSpec:
         limit = self.max_total_tokens
         rows = np.arange(len(total)) if limit is None else np.flatnonzero(total <= limit)
         if not len(rows):
-            raise self._nothing_fits()
+            raise self._nothing_fits(int(total.min()))
         return rows
 
-    def _nothing_fits(self) -> InvalidConfig:
+    def _nothing_fits(self, shortest: int) -> InvalidConfig:
         return InvalidConfig(
-            "workload.max_total_tokens",
-            f"no request of the workload fits into {self.max_total_tokens} tokens",
-            "raise it or give shorter lengths",
+            "model.max_model_len, workload.max_total_tokens",
+            f"{self.max_total_tokens} tokens hold no request, prompt and answer together: the "
+            f"shortest has {shortest}",
+            "raise the limit or give shorter lengths",
         )
 
 
@@ -194,7 +216,7 @@ def _class_column(
 ) -> tuple[NDArray[np.int16] | None, tuple[str, ...]]:
     if trace.classes is None:
         return None, ("default",)
-    names = tuple(dict.fromkeys(trace.classes))
+    names = trace.class_names
     index = {name: i for i, name in enumerate(names)}
     ids = np.array([index[name] for name in trace.classes], dtype=np.int16)
     return ids[rows], names
@@ -212,6 +234,8 @@ def parse_workload(
     trace = None
     if section.get("trace") is not None:
         trace = read_trace(base / str(section["trace"]), str(section.get("format", "auto")))
+    elif section.get("format") is not None:
+        raise InvalidConfig(f"{where}.format", "there is no trace", "give trace: FILE")
     lengths = section.get("lengths", "trace" if trace else None)
     prompt = output = None
     if isinstance(lengths, Mapping):
@@ -255,7 +279,9 @@ def _check(where: str, spec: WorkloadSpec) -> None:
         raise InvalidConfig(f"{where}.cv", "only gamma arrivals have it", "use arrivals: gamma")
     if spec.rate_rps is None and not timed:
         raise InvalidConfig(
-            f"{where}.rate_rps", "no rate is given and no trace has one", "give requests a second"
+            f"{where}.rate_rps",
+            "no rate is given and no trace has one",
+            "give requests a second, here or as --rate",
         )
     if spec.prompt is None and spec.trace is None:
         raise InvalidConfig(f"{where}.lengths", "they need a trace", "give trace: FILE")
@@ -272,8 +298,12 @@ def _number(where: str, section: Mapping[str, Any], key: str) -> float | None:
     value = section.get(key)
     if value is None:
         return None
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e9:
-        raise InvalidConfig(f"{where}.{key}", f"{value!r} is not a positive number", "give one")
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < MOST:
+        raise InvalidConfig(
+            f"{where}.{key}",
+            f"{value!r} is not a number above 0 and below {MOST:g}",
+            "write it in digits, as 0.5",
+        )
     return float(value)
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ..configs.load import load_file
-from .slo import SloPolicy, parse_slo
+from .slo import SloPolicy, check_classes, parse_slo
 from .workload import WorkloadSpec, parse_workload
 
 YAML = (".yaml", ".yml")
@@ -42,4 +42,8 @@ def read_workload(
     if rate_rps is not None:
         section["rate_rps"] = rate_rps
     spec = parse_workload(section, base=path.parent)
-    return spec, parse_slo(file.slo) if file.slo else None
+    if not file.slo:
+        return spec, None
+    policy = parse_slo(file.slo)
+    check_classes(policy, spec.class_names)
+    return spec, policy

@@ -19,14 +19,15 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from ...configs.load import load_plan
 from ...placement.explain import explain, summary
-from ...placement.plan import Infeasible, Plan, check_config, make_plan
+from ...placement.infeasible import Infeasible, check_config
+from ...placement.plan import Plan, make_plan
 from ...placement.plan_file import cluster_yaml, plan_json
 from ...placement.problem import read_problem
 from ...placement.provision import Provision, options_of, provision
 from ...placement.report import report_html
 from ...placement.search import Report
 from ...placement.sensitivity import Sensitivity, sensitivity
-from ..cli import EXIT_OK, add_overrides
+from ..cli import EXIT_OK, add_overrides, check_writable, without_nan
 
 EXIT_INFEASIBLE = 3
 EXAMPLES = """\
@@ -47,6 +48,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     started_s = time.monotonic()
+    check_writable("--output", args.output)
+    check_writable("--report", args.report)
     try:
         plan, flow, changes = _plan(args)
     except Infeasible as error:
@@ -63,7 +66,8 @@ def run(args: argparse.Namespace) -> int:
         Path(args.report).write_text(page, encoding="utf-8")
     if args.json:
         took_s = {"seconds": round(time.monotonic() - started_s, 3)}
-        print(json.dumps({"feasible": True, **plan_json(plan, flow), **took_s}, indent=2))
+        found = {"feasible": True, **plan_json(plan, flow), **took_s}
+        print(json.dumps(without_nan(found), indent=2))
         return EXIT_OK
     print(summary(plan))
     if args.explain:
@@ -87,7 +91,7 @@ def _plan(args: argparse.Namespace) -> tuple[Plan, Provision | None, list[Sensit
         changes = sensitivity(plan, _reporter(bar)) if args.explain or args.report else []
         gpus = {name: machine.gpus for name, machine in problem.machines.items()}
         options = options_of(problem, plan.search.phases)
-        flow = provision(options, gpus, problem.config.objective, problem.rate_rps)
+        flow = provision(options, gpus, problem.config.objective, problem.needed_rps)
     return plan, flow, changes
 
 

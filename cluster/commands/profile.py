@@ -35,11 +35,11 @@ from ...engine.runner import Runner, build_runner
 from ...placement.fitting import Point, fit_coefficients, fit_knots, medians
 from ...placement.step_profile import ProfilePoint, StepProfile, write_profile
 from ..checkpoint import resolve
-from ..cli import EXIT_OK, add_config_arguments
+from ..cli import EXIT_OK, add_config_arguments, check_writable
 from ..profiling.measure import Timed, measure
 from ..profiling.points import Room, Step, decode_steps, prefill_steps
 from ..profiling.step_parts import measure_step_parts
-from ..resources import worker_specs
+from ..resources import resources_here, worker_specs
 from ..spec import WorkerSpec
 from .status import to_text
 
@@ -73,13 +73,14 @@ def run(args: argparse.Namespace) -> int:
     config = resolve(load_cluster(args.config, args.overrides))
     if args.step:
         return _step(config, args)
-    within_s = args.within_s or (QUICK_S if args.quick else WITHIN_S)
+    within_s = args.within_s
+    if within_s is None:
+        within_s = QUICK_S if args.quick else WITHIN_S
     if not 0 < within_s <= 3600:
         raise InvalidConfig("--within-s", f"{within_s:g} s", "give 1 to 3600 seconds")
     if args.output is None:
         raise InvalidConfig("--output", "is missing", "name the file to write, as in -o p.json")
-    if not args.output.resolve().parent.is_dir():
-        raise InvalidConfig("--output", "its folder does not exist", "make it first")
+    check_writable("--output", args.output)
     profile, left_out = profile_of(config, within_s=within_s, quick=args.quick)
     write_profile(profile, args.output)
     fits = [fit for phase in PHASES if (fit := fit_of(profile, phase)) is not None]
@@ -100,7 +101,9 @@ def _step(config: ClusterConfig, args: argparse.Namespace) -> int:
             "set both to 1, as in --set decode.tensor_parallel=1",
         )
     found = measure_step_parts(
-        spec, batch=args.batch or config.decode.max_batch_size, steps=args.steps
+        spec,
+        batch=config.decode.max_batch_size if args.batch is None else args.batch,
+        steps=args.steps,
     )
     if args.json:
         print(json.dumps(found.as_json(), indent=1))
@@ -132,7 +135,13 @@ def profile_of(
     """
     specs = _specs(config)
     devices = {(spec.pool.device, spec.pool.threads) for spec in specs.values()}
-    if len(devices) > 1 or "paced" in dict(devices):
+    if "paced" in dict(devices):
+        raise InvalidConfig(
+            "prefill.device, decode.device",
+            "paced workers take their times from a hardware sheet: there is nothing to measure",
+            "profile a cluster file with device: cpu or cuda",
+        )
+    if len(devices) > 1:
         raise InvalidConfig(
             "prefill.device, decode.device, threads",
             f"a profile is of one kind of worker, not of {sorted(devices)}",
@@ -162,6 +171,12 @@ def profile_of(
 def _specs(config: ClusterConfig) -> dict[str, WorkerSpec]:
     """One worker of each role, threads filled in as `serve` does."""
     cores = len(os.sched_getaffinity(0))
+    if "cuda" in (config.prefill.device, config.decode.device) and not resources_here()["GPU"]:
+        raise InvalidConfig(
+            "prefill.device, decode.device",
+            "cuda, while this machine shows no GPU",
+            "profile where there is one, or set both to cpu",
+        )
     return {spec.role: spec for spec in worker_specs(config, cores)}
 
 

@@ -21,6 +21,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from ...configs.errors import InvalidConfig
 from ...configs.load import load_cluster
 from ...configs.schema import ClusterConfig
 from ...placement.calibration import Calibration, read_calibration
@@ -39,7 +40,7 @@ from ...placement.twin import shape_of_cluster, twin_of, with_targets
 from ...placement.twin_report import RANKS, TwinReport, report
 from ...placement.workload import WorkloadSpec
 from ...placement.workload_file import read_workload
-from ..cli import EXIT_OK, add_config_arguments
+from ..cli import EXIT_OK, add_config_arguments, without_nan
 
 EXAMPLES = """\
   phasewise simulate configs/local.yaml --workload trace.csv --profile cpu.json --rate 2
@@ -109,7 +110,7 @@ def run(args: argparse.Namespace) -> int:
         found = report_of(task, bar)
         goodputs = goodputs_of(task, bar) if args.find_goodput else []
     if args.json:
-        print(json.dumps(as_json(task, found, goodputs), indent=2))
+        print(json.dumps(without_nan(as_json(task, found, goodputs)), indent=2))
     else:
         print_report(Console(), task, found, goodputs)
     return EXIT_OK
@@ -177,7 +178,13 @@ def goodputs_of(task: Task, bar: Progress) -> list[Goodput]:
 
 
 def as_json(task: Task, found: TwinReport, goodputs: list[Goodput]) -> dict[str, Any]:
-    return {**asdict(found), "origin": task.origin, "goodput": [asdict(g) for g in goodputs]}
+    left_out = {"left_out_share": task.spec.left_out_share}
+    return {
+        **asdict(found),
+        **left_out,
+        "origin": task.origin,
+        "goodput": [asdict(g) for g in goodputs],
+    }
 
 
 def print_report(console: Console, task: Task, found: TwinReport, goodputs: list[Goodput]) -> None:
@@ -186,6 +193,11 @@ def print_report(console: Console, task: Task, found: TwinReport, goodputs: list
         f"{found.requests} requests in {len(task.seeds)} runs at {found.rate_rps:.3g} req/s; "
         f"{found.served} served, {found.preemptions} preemptions"
     )
+    if left_out := task.spec.left_out_share:
+        console.print(
+            f"{left_out:.1%} of the workload's requests are longer than "
+            f"{task.spec.max_total_tokens} tokens, prompt and answer together, and left out"
+        )
     console.print(f"step times: {task.origin}", style="dim")
     latencies = Table("", "mean", *[f"p{rank}" for rank in RANKS], title="milliseconds")
     for name, spread in found.spreads.items():
@@ -224,12 +236,21 @@ def print_report(console: Console, task: Task, found: TwinReport, goodputs: list
 
 def _source(args: argparse.Namespace, config: ClusterConfig) -> LatencySource | None:
     """None where neither is given: a paced cluster names its own."""
+    if "paced" in (config.prefill.device, config.decode.device):
+        if args.profile or args.hardware:
+            raise InvalidConfig(
+                "--profile, --hardware",
+                f"a paced cluster's steps take the times of {config.paced.hardware}",
+                "leave them out, or set paced.hardware",
+            )
+        return None
     if args.profile is not None:
-        return read_profile(args.profile)
+        profile = read_profile(args.profile)
+        profile.require(model=config.model.path.name)
+        return profile
     if args.hardware is not None:
-        return RooflineLatency(
-            shape=shape_of_cluster(config), hardware=read_hardware(args.hardware)
-        )
+        sheet = read_hardware(args.hardware, where="--hardware")
+        return RooflineLatency(shape=shape_of_cluster(config), hardware=sheet)
     return None
 
 
@@ -251,14 +272,16 @@ def _advance(bar: Progress, job: Any, seed: int) -> Callable[[float], None]:
 
 
 def _positive(text: str) -> float:
-    value = float(text)
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
     if not 0 < value < 1e9:
-        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+        raise argparse.ArgumentTypeError(f"{text} is not a number above 0 and below 1e9")
     return value
 
 
 def _count(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is less than 1")
-    return value
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number of 1 or more")
+    return int(text)

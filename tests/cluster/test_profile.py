@@ -11,6 +11,7 @@ from phasewise.cluster.cli import EXIT_INPUT, EXIT_OK, main
 from phasewise.cluster.commands.profile import fit_of
 from phasewise.cluster.profiling.measure import measure
 from phasewise.cluster.profiling.points import Room, Step, decode_steps, prefill_steps
+from phasewise.cluster.resources import resources_here
 from phasewise.engine.batch import Batch, StepOutput
 from phasewise.engine.layout import KVLayout
 from phasewise.engine.paced import paced_layout
@@ -172,6 +173,7 @@ def test_a_live_workers_decode_step_is_told_part_by_part(
 def test_a_batch_that_no_step_can_have_is_refused() -> None:
     assert main(["profile", str(LOCAL), "--step", "--batch", "100000"]) == EXIT_INPUT
     assert main(["profile", str(LOCAL), "--step", "--steps", "100000"]) == EXIT_INPUT
+    assert main(["profile", str(LOCAL), "--step", "--batch", "0"]) == EXIT_INPUT
     assert main(["profile", str(LOCAL)]) == EXIT_INPUT
 
 
@@ -179,7 +181,23 @@ def test_two_kinds_of_workers_are_refused(tmp_path: Path) -> None:
     words = ["profile", str(LOCAL), "-o", str(tmp_path / "p.json")]
     words += ["--set", "prefill.threads=1", "--set", "decode.threads=2"]
     assert main(words) == EXIT_INPUT
-    assert main(["profile", str(LOCAL), "-o", str(tmp_path / "no" / "p.json")]) == EXIT_INPUT
+
+
+def test_what_cannot_be_measured_or_written_is_refused_at_once(tmp_path: Path) -> None:
+    words = ["profile", str(LOCAL), "-o"]
+    assert main([*words, str(tmp_path / "no" / "p.json")]) == EXIT_INPUT
+    assert main([*words, str(tmp_path)]) == EXIT_INPUT
+    out = str(tmp_path / "p.json")
+    assert main([*words, out, "--within-s", "0"]) == EXIT_INPUT
+    paced = str(LOCAL.parent / "paced-4p4d.yaml")
+    assert main(["profile", paced, "-o", out]) == EXIT_INPUT
+
+
+@pytest.mark.skipif(bool(resources_here()["GPU"]), reason="for machines without a GPU")
+def test_a_gpu_that_is_not_there_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["profile", str(LOCAL), "--step"]
+    assert main([*words, "--set", "prefill.device=cuda", "--set", "decode.device=cuda"]) == 2
+    assert "no GPU" in capsys.readouterr().err
 
 
 def _point(step: Step, seconds: float) -> ProfilePoint:

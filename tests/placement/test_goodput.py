@@ -13,7 +13,7 @@ from phasewise.placement.judging import JointJudge, PercentileJudge, counted_row
 from phasewise.placement.lengths import Fixed
 from phasewise.placement.simulated_run import StopRule
 from phasewise.placement.simulator import simulate
-from phasewise.placement.slo import SloPolicy, SloTargets
+from phasewise.placement.slo import SloPolicy, SloTargets, SlowdownTargets
 from phasewise.placement.workload import Workload, WorkloadSpec
 
 from .simulated_clusters import constant, latency, pair
@@ -120,18 +120,13 @@ def test_each_class_has_its_own_targets_and_share() -> None:
     assert set(verdict.attainments) == {"chat", "batch"}
 
 
-def test_relative_targets_are_multiples_of_the_unloaded_request() -> None:
-    unloaded = unloaded_by(latency(constant(0.2)), latency(constant(0.01)))
-    targets = SloTargets(ttft_s=3.0, tpot_s=1.5, attainment=0.9)
-    relative = JointJudge(policy=SloPolicy(default=targets, classes={}), unloaded=unloaded)
-    ttft_s, tpot_s = relative.limits(SPEC.build(0))
-    assert ttft_s == pytest.approx(0.6) and tpot_s == pytest.approx(0.015)
-
-
 def test_percentiles_of_slowdowns_are_judged_all_at_once() -> None:
     """Alone: TTFT 1 s, 19 tokens of 10 ms. The 90th of e2e binds: ≤ 1.5 · 1.19 s."""
     unloaded = unloaded_by(latency(constant(1.0)), latency(constant(0.01)))
-    found = goodput(Saturating(), SPEC, PercentileJudge(unloaded=unloaded), seeds=(0,))
+    tokens = {50: 1.25, 90: 1.5, 99: 5.0}
+    targets = SlowdownTargets(ttft={50: 2.0, 90: 3.0, 99: 6.0}, tpot=tokens, e2e=tokens)
+    judge = PercentileJudge(unloaded=unloaded, targets=targets)
+    found = goodput(Saturating(), SPEC, judge, seeds=(0,))
     known_rps = 10 * (1 - 0.9 / (1.5 * 1.19 - 0.19))
     assert found.rate_rps == pytest.approx(known_rps, rel=0.02)
     assert np.isnan(found.share)

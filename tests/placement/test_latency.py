@@ -79,6 +79,16 @@ def test_one_wild_point_does_not_bend_the_rest() -> None:
     assert "1 points left out" in whole.phase("decode").origin
 
 
+def test_short_prompts_together_are_predicted_by_long_ones_alone() -> None:
+    """Of prompts one at a time attention is half of tokens squared: it could be any bend."""
+    truth = KnotStepTime([1, 256, 8192], [0.04, 0.05, 1.3], attention_s=6e-9)
+    alone = [(f, truth.batch_s(f)) for f in (prompt_features(2**n) for n in range(7, 14))]
+    fitted = fit_knots(alone)
+    for prompts, tokens in ((8, 512), (16, 512), (4, 512)):
+        together = StepFeatures.of_chunks([(tokens, 0)] * prompts)
+        assert fitted.batch_s(together) == pytest.approx(truth.batch_s(together), rel=0.05)
+
+
 def test_repeats_count_as_one_point() -> None:
     one = StepFeatures(new_tokens=4)
     assert medians([(one, 1.0), (one, 9.0), (one, 2.0)]) == [(one, 2.0)]
@@ -114,6 +124,29 @@ def test_a_pipeline_that_was_not_measured_is_divided_and_says_so() -> None:
 def test_parallelism_without_points_is_refused_with_what_there_is() -> None:
     with pytest.raises(NoLatency, match=r"\[\(2, 1\)\]"):
         profile(profiled(TRUE, tp=2)).phase("prefill", 4)
+
+
+@pytest.mark.parametrize(
+    ("sheet", "device", "same"),
+    [
+        ("h100", "NVIDIA H100 80GB HBM3", True),
+        ("h200", "NVIDIA H200", True),
+        ("a100-80g", "NVIDIA A100-SXM4-80GB", True),
+        ("a100-40g", "NVIDIA A100-SXM4-80GB", False),
+        ("h100", "NVIDIA H200", False),
+        ("l40s", "NVIDIA L40S", True),
+        ("mi300x", "AMD Instinct MI300X", True),
+    ],
+)
+def test_a_profile_is_known_by_the_drivers_name_of_its_gpu(
+    sheet: str, device: str, same: bool
+) -> None:
+    profile = StepProfile(hardware=device, model="m", dtype="", origin="", points=())
+    if same:
+        profile.require(hardware=sheet)
+    else:
+        with pytest.raises(InvalidConfig, match="was measured for"):
+            profile.require(hardware=sheet)
 
 
 def test_a_profile_survives_its_file_and_is_refused_for_other_hardware(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -82,6 +83,42 @@ def test_json_and_exit_codes_tell_a_script_all(capsys: pytest.CaptureFixture[str
     refused = json.loads(capsys.readouterr().out)
     assert not refused["feasible"] and refused["binding"] == "slo.ttft_ms" and refused["nearest"]
     assert cli.main(["plan", name, "--set", "slo.ttft=5"]) == 2
+
+
+def test_a_compared_placement_that_holds_no_rate_leaves_no_nan_in_json(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    name = str(CONFIGS / "plan-llama-3.1-8b-h100.yaml")
+    asked = ("slo.ttft_ms=30", "workload.rate_rps=1", "search.compare=P1x1 D1x1", *QUICK)
+    words = [w for key in (*asked, "search.max_pipeline_parallel=1") for w in ("--set", key)]
+    assert cli.main(["plan", name, "--json", *words]) == 0
+    text = capsys.readouterr().out
+    assert "NaN" not in text and json.loads(text)["compared"]["ttft_ms"]["p50"] is None
+
+
+@pytest.mark.parametrize("flag", ["-o", "--report"])
+def test_a_file_that_cannot_be_written_is_said_before_the_search(
+    flag: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name = str(CONFIGS / "plan-tiny-cpu.yaml")
+    for path in (tmp_path, tmp_path / "none" / "out"):
+        assert cli.main(["plan", name, flag, str(path)]) == 2
+        told = capsys.readouterr()
+        assert str(path) in told.err and not told.out
+
+
+def test_ctrl_c_while_it_searches_ends_without_a_traceback_or_a_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "cluster.yaml"
+    before = signal.signal(signal.SIGALRM, signal.default_int_handler)
+    signal.setitimer(signal.ITIMER_REAL, 0.3)
+    try:
+        assert cli.main(["plan", str(CONFIGS / "plan-qwen3-32b-h200.yaml"), "-o", str(out)]) == 1
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    assert "interrupted" in capsys.readouterr().err and not out.exists()
 
 
 def test_a_cpu_plan_passes_validate_as_it_is(tmp_path: Path) -> None:

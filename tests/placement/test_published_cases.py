@@ -2,51 +2,47 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from phasewise.engine.errors import InvalidConfig
-from phasewise.placement.candidates import Placement, parse_compare
-from phasewise.placement.plan import Infeasible, check_config, make_plan
+from phasewise.placement.candidates import Placement, parse_compare, parse_placement
+from phasewise.placement.infeasible import Infeasible, check_config
+from phasewise.placement.plan import make_plan
 from phasewise.placement.problem import Problem
 from phasewise.placement.search import Search
-from phasewise.placement.splitwise_mirror import with_free_batching
+from phasewise.placement.splitwise_mirror import DESIGNS, with_free_batching
 
 from .plan_problems import plan, problem, silent
 
 SPLITWISE = "splitwise-conversation"
-DESIGNS = {
-    "HH": "25P8x1@h100 15D8x1@h100",
-    "HA": "25P8x1@h100 26D8x1@a100",
-    "AA": "45P8x1@a100 25D8x1@a100",
-    "baseline H100": "40D8x1@h100",
-    "baseline A100": "70D8x1@a100",
-}
+CODE = Path(__file__).parent / "data" / "azure2023_code.csv.gz"
 
 
 def designs(asked: Problem) -> dict[str, float]:
     search = Search(asked, silent)
     found = {}
     for name, words in DESIGNS.items():
-        placement = named(asked, words)
-        found[name] = search.judge(placement).rate_rps
+        found[name] = search.judge(parse_placement(words, asked)).rate_rps
     return found
-
-
-def named(asked: Problem, words: str) -> Placement:
-    placement = parse_compare(problem(SPLITWISE, f'search.compare="{words}"'))
-    assert placement is not None
-    shapes = {shape.key: shape for shape in asked.shapes}
-    pools = {}
-    for role in ("prefill", "decode"):
-        pool = getattr(placement, role)
-        if pool is not None:
-            pools[role] = type(pool)(shape=shapes[pool.shape.key], count=pool.count)
-    return Placement(prefill=pools.get("prefill"), decode=pools["decode"])
 
 
 def test_splitwises_designs_rank_otherwise_when_decode_batches_cost_what_was_measured() -> None:
     rates = designs(problem(SPLITWISE))
     assert rates["HH"] > 1.5 * rates["AA"] and rates["AA"] == pytest.approx(51.1, rel=0.1)
     assert rates["baseline H100"] > rates["HH"] == pytest.approx(95.1, rel=0.1)
+
+
+def test_on_the_code_trace_splitwises_split_of_equal_machines_comes_out() -> None:
+    """Published: 35 prompt and 5 token machines of the 40. Long prompts, answers of 13 tokens."""
+    asked = problem(SPLITWISE, f"workload.trace={CODE}")
+    search = Search(asked, silent)
+    best = search.run()[0]
+    assert best.placement.prefill is not None
+    assert 32 <= best.placement.prefill.count <= 37
+    assert best.placement.prefill.count + best.placement.decode.count == 40
+    published = parse_placement("35P8x1@h100 5D8x1@h100", asked)
+    assert search.judge(published).rate_rps == pytest.approx(best.rate_rps, rel=0.05)
 
 
 def test_under_its_simulators_free_batching_its_ranking_comes_out() -> None:

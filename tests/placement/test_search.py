@@ -7,13 +7,16 @@ from pathlib import Path
 import pytest
 from phasewise.configs.load import load_plan
 from phasewise.engine.errors import InvalidConfig
+from phasewise.placement.infeasible import Infeasible, check_config
 from phasewise.placement.phase_search import PhaseSearch
-from phasewise.placement.plan import Infeasible, check_config, make_plan
+from phasewise.placement.plan import make_plan
 from phasewise.placement.problem import read_problem
 from phasewise.placement.search import Search
 from phasewise.placement.units import bundles_of
 
 from .plan_problems import plan, problem, silent, written
+
+TWO_CLASSES = ("workload.classes.chat=1", "workload.classes.code=1")
 
 
 @pytest.mark.slow
@@ -64,6 +67,15 @@ def test_spares_stand_in_the_inventory_and_in_the_price() -> None:
         (("workload.rate_rps=9000", "search.colocated=false"), "inventory"),
         (("objective.max_cost_per_hour=0.5",), "objective.max_cost_per_hour"),
         (("workload.rate_rps=400", "objective.max_gpus=2"), "max_gpus"),
+        (("objective.max_gpus=1", "search.colocated=false"), "objective.max_gpus"),
+        (("objective.max_power_w=1000", "search.colocated=false"), "objective.max_power_w"),
+        (("objective.spare=9",), "objective.spare"),
+        (("search.min_tensor_parallel=2", "inventory.h100.gpus_per_node=1"), "min_tensor_parallel"),
+        (("kv.memory=1KiB",), "kv.memory"),
+        (("kv.memory=1TiB",), "kv.memory"),
+        (("model.max_model_len=9000000",), "model.max_model_len"),
+        ((*TWO_CLASSES, "slo.classes.code.ttft_ms=2"), r"slo\.classes\.code\.ttft_ms"),
+        ((*TWO_CLASSES, "slo.classes.code.tpot_ms=0.5"), r"slo\.classes\.code\.tpot_ms"),
     ],
 )
 def test_what_cannot_be_names_what_binds_and_the_nearest_that_can(
@@ -74,6 +86,37 @@ def test_what_cannot_be_names_what_binds_and_the_nearest_that_can(
         check_config(asked)
         make_plan(asked, silent)
     assert raised.value.nearest
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ("kv.memory=1KiB", "workload.rate_rps=0.1"),
+        ("kv.memory=1TiB",),
+        ("model.max_model_len=9000000",),
+        ("slo.ttft_ms=2", "workload.rate_rps=0.1", "search.colocated=false"),
+        ("slo.tpot_ms=0.5", "workload.rate_rps=0.1"),
+    ],
+)
+def test_the_nearest_that_is_named_can_be_met(overrides: tuple[str, ...]) -> None:
+    asked = problem("llama-3.1-8b-h100", *overrides)
+    with pytest.raises(Infeasible) as raised:
+        make_plan(asked, silent)
+    key, value = raised.value.nearest.split(",")[0].split()
+    section = {"ttft_ms": "slo", "tpot_ms": "slo", "max_model_len": "model"}.get(key)
+    nearer = f"{section}.{key}={value}" if section else f"{key}={value}"
+    assert Search(problem("llama-3.1-8b-h100", *overrides, nearer), silent).run()
+
+
+def test_kv_memory_of_the_plan_file_is_what_workers_have() -> None:
+    asked = problem("llama-3.1-8b-h100", "kv.memory=4GiB")
+    assert {shape.kv_tokens for shape in asked.shapes} == {4 * 2**30 // (2 * 32 * 8 * 128 * 2)}
+
+
+def test_a_dtype_of_the_plan_file_is_what_weights_and_kv_are_counted_in() -> None:
+    half, whole = (problem("llama-3.1-8b-h100", f"model.dtype={d}") for d in ("auto", "float32"))
+    assert whole.model.num_bytes == 2 * half.model.num_bytes
+    assert whole.kv_bytes_per_token == 2 * half.kv_bytes_per_token
 
 
 def test_a_model_that_fits_nowhere_says_how_much_memory_it_wants() -> None:
@@ -87,10 +130,13 @@ def test_a_model_that_fits_nowhere_says_how_much_memory_it_wants() -> None:
     [
         (("latency.source=profile",), "latency.file"),
         (("objective.goal=fastest",), "objective.goal"),
-        (("inventory.h100.hardware=h900",), "h900"),
+        (("inventory.h100.hardware=h900",), r"inventory\.h100\.hardware.*h900"),
         (("inventory.h100.nodse=3",), "inventory.h100.nodse"),
         (("objective.max_gpus=99",), "objective.max_gpus"),
         (('search.compare="Q4"',), "search.compare"),
+        (('search.compare="0P1x1 D1x1"',), "search.compare"),
+        (("search.min_tensor_parallel=4",), "search.min_tensor_parallel"),
+        (("slo.classes.code.ttft_ms=5",), r"slo\.classes\.code"),
         (("workload.lengths.prompt=0",), "workload.lengths.prompt"),
     ],
 )

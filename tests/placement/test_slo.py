@@ -43,6 +43,9 @@ def test_percentiles_interpolate() -> None:
         ({"tpot_ms": 100}, "slo.ttft_ms"),
         ({"ttft_ms": 0, "tpot_ms": 100}, "slo.ttft_ms"),
         ({"ttft_ms": 1, "tpot_ms": 100, "attainment": 90}, "slo.attainment"),
+        ({"ttft_ms": 1, "tpot_ms": 100, "attainment": "90%"}, "slo.attainment"),
+        ({"ttft_ms": 1, "tpot_ms": 100, "attainment": 0}, "slo.attainment"),
+        ({"ttft_ms": 1, "tpot_ms": 100, "attainment": float("nan")}, "slo.attainment"),
         ({"ttft": 1, "tpot_ms": 100}, "slo.ttft"),
         ({"ttft_ms": 1, "tpot_ms": 1, "classes": {"a": {"tpot": 1}}}, "slo.classes.a.tpot"),
         ({"ttft_ms": 1, "tpot_ms": 1, "classes": {"a": 3}}, "slo.classes.a"),
@@ -52,3 +55,10 @@ def test_a_wrong_section_is_refused_with_its_key(section: dict[str, Any], where:
     with pytest.raises(InvalidConfig) as caught:
         slo.parse_slo(section)
     assert caught.value.where == where
+
+
+def test_targets_of_a_class_that_no_request_has_are_refused() -> None:
+    policy = slo.parse_slo({"ttft_ms": 1, "tpot_ms": 1, "classes": {"chta": {"ttft_ms": 2}}})
+    with pytest.raises(InvalidConfig, match=r"slo\.classes\.chta.*has chat, batch.*'chat'"):
+        slo.check_classes(policy, ("chat", "batch"))
+    slo.check_classes(policy, ("chta",))

@@ -51,6 +51,13 @@ def test_one_broken_limit_is_enough_and_is_named() -> None:
     assert judge().broken(workload, 4 * ONES, fine) == ("ttft p50", 4.0, 2.0)
 
 
+def test_who_never_had_a_token_is_slower_than_any_limit() -> None:
+    workload, rows = SPEC.build(0), np.arange(1000)
+    for never in (np.nan, np.inf):
+        shares = judge(tpot={90.0: 1e300}).shares(workload, ONES, np.full(1000, never), rows)
+        assert shares["tpot p90"] == 0.0 and shares["ttft p90"] == 1.0
+
+
 def test_an_answer_of_one_token_has_no_time_between_tokens() -> None:
     workload = WorkloadSpec(rate_rps=1.0, prompt=Fixed(tokens=9), output=Fixed(tokens=1)).build(0)
     n = workload.num_requests

@@ -14,7 +14,9 @@ from phasewise.placement.distserve_profile import (
     read_max_num_tokens,
 )
 from phasewise.placement.fitting import fit_knots, medians
+from phasewise.placement.hardware import read_hardware
 from phasewise.placement.latency import NoLatency, decode_features, prompt_features
+from phasewise.placement.roofline import all_reduce_s
 
 DATA = Path(__file__).parent / "data"
 SPLITWISE = DATA / "splitwise_perf_model.csv.gz"
@@ -68,6 +70,56 @@ def test_vidur_layers_shrink_with_tensor_parallelism() -> None:
     seconds = {row.tp: row.seconds for row in rows if row.tokens == 4096}
     assert seconds[1] > seconds[2] > seconds[4] > seconds[8] > seconds[1] / 9
     assert rows[0].shape.num_kv_heads == 8 and rows[0].shape.mlp_matrices == 3
+
+
+def test_splitwises_own_test_trace_takes_what_its_simulator_says() -> None:
+    """Three requests alone on a DGX-H100 with BLOOM-176B: (prompt, answer, seconds to the end)."""
+    profile = tables.read_splitwise(SPLITWISE)["bloom-176b", "h100-80gb"]
+    prefill, decode = profile.phase("prefill", 8), profile.phase("decode", 8)
+    for prompt, output, expected_s in (
+        (4096, 32, 1.744743),
+        (2048, 8, 0.499255),
+        (2048, 16, 0.781873),
+    ):
+        steps = (decode.total_s(decode_features(1, prompt + i)) for i in range(output - 1))
+        found_s = prefill.total_s(prompt_features(prompt)) + sum(steps)
+        assert found_s == pytest.approx(expected_s, rel=0.05)
+
+
+def test_half_of_a_table_predicts_the_other_half() -> None:
+    for (model, hardware), tp, limit in (
+        (("bloom-176b", "h100-80gb"), 8, 0.05),
+        (("llama2-70b", "h100-80gb"), 4, 0.05),
+    ):
+        profile = tables.read_splitwise(SPLITWISE)[model, hardware]
+        points = [
+            (p.features, p.seconds) for p in profile.points if (p.phase, p.tp) == ("prefill", tp)
+        ]
+        grid = sorted(medians(points), key=lambda point: (point[0].new_tokens, point[0].attention))
+        fitted = fit_knots(grid[::2])
+        errors = [abs(fitted.batch_s(f) / seconds - 1) for f, seconds in grid[1::2]]
+        assert np.median(errors) < limit
+
+
+def test_all_reduces_in_a_node_take_what_nccl_takes_and_across_nodes_far_more() -> None:
+    rows = tables.read_vidur_all_reduce(DATA / "vidur_all_reduce.csv.gz")
+    sheet = read_hardware("a100-80g")
+    for row in rows:
+        if row.machine == "a100_dgx" and row.num_bytes > 2**22:
+            inside = row.devices == row.a_node
+            expected = all_reduce_s(row.num_bytes, row.devices, sheet)
+            assert (row.seconds < 1.4 * expected) == inside
+
+
+def test_a_table_with_a_broken_row_is_refused_with_its_line(tmp_path: Path) -> None:
+    head = (
+        "model,hardware,prompt_size,batch_size,token_size,prompt_time,token_time,tensor_parallel\n"
+    )
+    for row in ("m,h100,512,1,128,x,30,8", "m,h100,512,1,128,60,-1,8", "m,h100,512,1"):
+        file = tmp_path / "t.csv"
+        file.write_text(f"{head}m,h100,512,1,128,60,30,8\n{row}\n")
+        with pytest.raises(InvalidConfig, match=r"t\.csv:3"):
+            tables.read_splitwise(file)
 
 
 def test_a_table_without_its_columns_is_refused(tmp_path: Path) -> None:

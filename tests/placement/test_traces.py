@@ -51,6 +51,30 @@ def test_azure_2024_times_with_a_zone_and_a_byte_order_mark_are_read(tmp_path: P
     np.testing.assert_allclose(arrival_s, [0.0, 0.007405], atol=1e-6)
 
 
+def test_a_header_may_have_spaces_and_lines_may_end_as_on_windows(tmp_path: Path) -> None:
+    file = tmp_path / "t.csv"
+    text = "TIMESTAMP, ContextTokens, GeneratedTokens\r\n2023-11-16 18:15:46.68, 374, 44\r\n"
+    file.write_bytes(text.encode("utf-8-sig"))
+    assert read_trace(file).prompt_tokens.tolist() == [374]
+
+
+def test_burstgpt_is_read_in_seconds(tmp_path: Path) -> None:
+    file = tmp_path / "burst.csv"
+    head = "Timestamp,Model,Request tokens,Response tokens,Total tokens,Log Type\n"
+    file.write_text(head + "5,ChatGPT,472,18,490,Conversation log\n45,GPT-4,8,9,17,API log\n")
+    trace = read_trace(file)
+    assert trace.format == "burstgpt" and trace.arrival_s is not None
+    assert trace.arrival_s.tolist() == [0.0, 40.0] and trace.output_tokens.tolist() == [18, 9]
+
+
+def test_block_hashes_of_64_unsigned_bits_are_told_apart(tmp_path: Path) -> None:
+    file = tmp_path / "own.jsonl"
+    row = {"prompt_tokens": 1024, "output_tokens": 2, "prefix_ids": [2**64 - 1, 2**63]}
+    file.write_text(json.dumps(row))
+    prefix = read_trace(file).prefix
+    assert prefix is not None and len(set(prefix.of(0).tolist())) == 2
+
+
 def test_lengths_without_times_have_no_arrivals() -> None:
     assert read_trace(DATA / "nanoflow_lmsys.csv.gz").arrival_s is None
 
@@ -83,13 +107,19 @@ def test_own_json_lines_carry_classes_and_prefixes_and_are_sorted(tmp_path: Path
         (AZURE + "2023-11-16 18:15:46.68,374,44\n2023-11-16 18:15:47.0,x,4\n", 3, "'x'"),
         (AZURE + "yesterday,374,44\n", 2, "yesterday"),
         (AZURE + "XXX,374\n", 2, "3 columns"),
-        (AZURE + "XXX,0,44\n", 2, "not positive"),
-        (AZURE + "XXX,3000000000,44\n", 2, "not positive"),
+        (AZURE + "XXX,0,44\n", 2, "0 is not 1 to"),
+        (AZURE + "XXX,3000000000,44\n", 2, "3000000000 is not 1 to"),
+        ('{"TIMESTAMP": 5, "ContextTokens": 1, "GeneratedTokens": 1}', 1, "azure"),
+        ('\n{"prompt_tokens": 1, "output_tokens": 2}\n{"prompt_tokens": 1}', 3, "output_tokens"),
+        ('{"prompt_tokens": 1, "output_tokens": 2, "prefix_ids": [1.5]}', 1, "whole numbers"),
+        ('{"prompt_tokens": 1, "output_tokens": 2, "prefix_ids": "12"}', 1, "whole numbers"),
+        ('{"prompt_tokens": ' + "[" * 100_000, 1, "recursion"),
         ('{"prompt_tokens": 1, "output_tokens": 2}\n{"prompt_tokens": 1', 2, "JSON"),
         ('{"prompt_tokens": 1, "output_tokens": 2}\n{"prompt_tokens": 1}', 2, "output_tokens"),
         ('{"prompt_tokens": 1.5, "output_tokens": 2}', 1, "whole"),
         ('{"prompt_tokens": 1, "output_tokens": 2, "arrival_s": NaN}', 1, "finite"),
-        ("a,b\n1,2\n", 2, "unknown trace columns"),
+        ("a,b\n1,2\n", 1, "unknown trace columns"),
+        ("Timestamp,Request tokens,Response tokens\n5,472,18\n9,100,0\n", 3, "0 is not"),
     ],
 )
 def test_a_bad_line_is_named_with_its_number(
@@ -122,6 +152,15 @@ def test_a_missing_or_binary_or_mixed_file_is_refused(tmp_path: Path) -> None:
     cut.write_bytes((DATA / "azure2023_code.csv.gz").read_bytes()[:500])
     with pytest.raises(InvalidConfig, match="cannot read"):
         read_trace(cut)
+    packed = bytearray((DATA / "azure2023_code.csv.gz").read_bytes())
+    packed[200:260] = bytes(byte ^ 0x55 for byte in packed[200:260])
+    cut.write_bytes(packed)
+    with pytest.raises(InvalidConfig, match="cannot read"):
+        read_trace(cut)
+    listed = tmp_path / "list.json"
+    listed.write_text('[{"prompt_tokens": 1, "output_tokens": 2}]')
+    with pytest.raises(InvalidConfig, match="one object a line"):
+        read_trace(listed)
     mixed = tmp_path / "mixed.csv"
     mixed.write_text(AZURE + "XXX,1,1\n2023-11-16 18:15:46.68,1,1\n")
     with pytest.raises(InvalidConfig, match="1 of 2 rows"):

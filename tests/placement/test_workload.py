@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -132,12 +133,29 @@ def test_columns_cannot_be_changed() -> None:
         ),
         ({"rate_rps": 1, "lengths": FIXED, "num_requests": 2.5}, "workload.num_requests"),
         ({"rate_rps": 1, "lengths": FIXED, "classes": {"a": 0}}, "workload.classes.a"),
+        ({"rate_rps": "1e9", "lengths": FIXED}, "workload.rate_rps"),
+        ({"rate_rps": 1, "lengths": FIXED, "format": "azure"}, "workload.format"),
     ],
 )
 def test_a_wrong_section_is_refused_with_its_key(section: dict[str, Any], where: str) -> None:
     with pytest.raises(InvalidConfig) as caught:
         parse_workload(section)
     assert caught.value.where == where
+
+
+def test_how_many_requests_are_too_long_is_known() -> None:
+    trace = {"trace": "azure2023_conv.csv.gz", "max_total_tokens": 4096}
+    assert parse_workload(trace, base=DATA).left_out_share == pytest.approx(0.083, abs=0.001)
+    wide = {"prompt": {"median": 100, "sigma": 1.0}, "output": 1}
+    drawn = parse_workload({"rate_rps": 1, "lengths": wide, "max_total_tokens": 101})
+    assert drawn.left_out_share == pytest.approx(0.5, abs=0.02)
+    assert replace(drawn, max_total_tokens=None).left_out_share == 0
+
+
+def test_one_request_has_no_rate() -> None:
+    workload = build(rate_rps=1, lengths=FIXED, num_requests=1)
+    with pytest.raises(InvalidConfig, match="2 or more"):
+        assert workload.rate_rps
 
 
 def test_a_limit_that_no_request_meets_is_named() -> None:
