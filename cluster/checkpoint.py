@@ -35,14 +35,16 @@ def resolve(config: ClusterConfig, *, with_weights: bool = True) -> ClusterConfi
             f"{asked}, while the checkpoint has positions for {limit} tokens",
             f"set it to {limit} or less, or to 0 for all of them",
         )
-    room = kv_tokens(config, spec)
+    rooms = _rooms(config, spec)
+    room = min(rooms)
     if asked > room or room == 0:
+        tightest = rooms.index(room)
+        least = asked or max(config.block_sizes)
         raise InvalidConfig(
-            "kv.memory",
-            f"{config.kv.memory} bytes hold {room} tokens, less than one sequence of "
-            f"{asked or max(config.block_sizes)}",
-            f"give {_bytes_for(config, spec, asked or max(config.block_sizes))} bytes or more, "
-            "or lower model.max_model_len",
+            config.memory_keys[tightest],
+            f"{config.memories[tightest]} bytes hold {room} tokens, less than one sequence of "
+            f"{least}",
+            f"give {_bytes_for(config, spec, least)} bytes or more, or lower model.max_model_len",
         )
     resolved = asked or (room if limit is None else min(limit, room))
     return replace(config, model=replace(config.model, max_model_len=resolved))
@@ -62,11 +64,12 @@ def position_limit(spec: ModelSpec) -> int | None:
     return max(spec.max_positions, int(rope.original_max_positions * rope.factor))
 
 
-def kv_tokens(config: ClusterConfig, spec: ModelSpec) -> int:
-    """Tokens that one worker's KV cache holds, in whole blocks."""
-    return min(
-        config.kv.memory // _block_bytes(config, spec, size) * size for size in config.block_sizes
-    )
+def _rooms(config: ClusterConfig, spec: ModelSpec) -> list[int]:
+    """Tokens that a prefill worker's KV cache holds in whole blocks, and a decode worker's."""
+    return [
+        memory // _block_bytes(config, spec, size) * size
+        for memory, size in zip(config.memories, config.block_sizes, strict=True)
+    ]
 
 
 def _bytes_for(config: ClusterConfig, spec: ModelSpec, num_tokens: int) -> int:

@@ -24,7 +24,10 @@ def worker_specs(config: ClusterConfig, cores: int) -> list[WorkerSpec]:
     share = max(1, cores // (config.prefill.replicas + config.decode.replicas))
     prefill = replace(config.prefill, threads=config.prefill.threads or share)
     decode = replace(config.decode, threads=config.decode.threads or share)
-    kv = [replace(config.kv, block_size=size) for size in config.block_sizes]
+    kv = [
+        replace(config.kv, block_size=size, memory=memory)
+        for size, memory in zip(config.block_sizes, config.memories, strict=True)
+    ]
     heartbeat_s = config.gateway.heartbeat_timeout_s
     spec = WorkerSpec(
         worker=WorkerId(name="", incarnation=1),

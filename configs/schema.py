@@ -89,6 +89,8 @@ class PrefillConfig:
     block_size: Annotated[int, Between(0, 1024)] = 0
     """Tokens in a block of these workers' KV cache; decode's is a multiple or a part of it.
     0: `kv.block_size`."""
+    memory: Size | None = None
+    """Bytes of KV blocks on each of these workers. null: `kv.memory`."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -120,6 +122,8 @@ class DecodeConfig:
     block_size: Annotated[int, Between(0, 1024)] = 0
     """Tokens in a block of these workers' KV cache; prefill's is a multiple or a part of it.
     0: `kv.block_size`."""
+    memory: Size | None = None
+    """Bytes of KV blocks on each of these workers. null: `kv.memory`."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -129,7 +133,7 @@ class KVConfig:
     block_size: Annotated[int, Between(1, 1024)] = 16
     """Tokens in a block."""
     memory: Size = 1 << 30
-    """Bytes of blocks on each worker."""
+    """Bytes of blocks on each worker, where its pool gives no `memory` of its own."""
     dtype: Literal["auto", "fp8_e4m3"] = "auto"
     """What keys and values are stored and sent in; auto is the model's. fp8_e4m3: one byte a
     value, and one a position and head for the scale, so a half of bfloat16's memory and transfers
@@ -257,3 +261,19 @@ class ClusterConfig:
         if self.prefill.replicas == 0:
             return decode, decode
         return self.prefill.block_size or self.kv.block_size, decode
+
+    @property
+    def memories(self) -> tuple[int, int]:
+        """Bytes of KV blocks on each prefill worker, and on each decode worker."""
+        decode = self.decode.memory or self.kv.memory
+        if self.prefill.replicas == 0:
+            return decode, decode
+        return self.prefill.memory or self.kv.memory, decode
+
+    @property
+    def memory_keys(self) -> tuple[str, str]:
+        """The keys that say so."""
+        decode = "decode.memory" if self.decode.memory else "kv.memory"
+        if self.prefill.replicas == 0:
+            return decode, decode
+        return "prefill.memory" if self.prefill.memory else "kv.memory", decode

@@ -44,6 +44,9 @@ def cluster_sections(plan: Plan) -> dict[str, dict[str, Any]]:
         prefill = _pool(plan, placement.prefill) | {
             "max_batch_tokens": config.search.max_batch_tokens
         }
+        own = kv_memory(plan, placement.prefill)
+        if own != kv_memory(plan, placement.decode):
+            prefill["memory"] = own
         decode["local_prefill"] = "auto"
     targets = plan.problem.slo.default
     return {
@@ -54,7 +57,7 @@ def cluster_sections(plan: Plan) -> dict[str, dict[str, Any]]:
         },
         "prefill": prefill,
         "decode": decode,
-        "kv": {"block_size": config.kv.block_size, "memory": kv_memory(plan)},
+        "kv": {"block_size": config.kv.block_size, "memory": kv_memory(plan, placement.decode)},
         "transfer": {"transport": "auto", "mode": "auto", "lease_s": 10},
         "slo": {
             "ttft_ms": round(targets.ttft_s * 1e3, 3),
@@ -101,14 +104,12 @@ def _accelerator(plan: Plan, pool: Pool) -> dict[str, str]:
     return {"accelerator": name} if name is not None and several else {}
 
 
-def kv_memory(plan: Plan) -> str:
-    """Of each worker, its GPUs together; the smaller pool's, since one key serves both."""
+def kv_memory(plan: Plan, pool: Pool) -> str:
+    """Of each worker of a pool, its GPUs together."""
     config = plan.problem.config
     if config.kv.memory is not None:
         return f"{config.kv.memory // MIB}MiB"
-    placement = plan.best.judged.placement
-    tokens = min(pool.shape.kv_tokens for pool in placement.pools)
-    return f"{int(tokens * plan.problem.model.kv_bytes_per_token) // MIB}MiB"
+    return f"{int(pool.shape.kv_tokens * plan.problem.model.kv_bytes_per_token) // MIB}MiB"
 
 
 def _domain_words(plan: Plan) -> list[str]:

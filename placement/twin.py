@@ -56,17 +56,18 @@ def twin_of(
         bytes_per_s = paced_bytes_per_s(config.paced, 1) if paced else 0.0
         network = Network(local=Link(bytes_per_s=bytes_per_s)) if bytes_per_s else Network()
     token_bytes = shape.kv_bytes_per_token
-    num_blocks = int(config.kv.memory // (token_bytes * config.kv.block_size))
+    block_bytes = token_bytes * config.kv.block_size
+    prefill_blocks, decode_blocks = [int(memory // block_bytes) for memory in config.memories]
     colocated = config.prefill.replicas == 0
     # A paced worker's steps are those of both phases at once; a real one's are its own.
     both = paced or config.decode.local_prefill != "never" or colocated
     return Deployment(
-        prefill=_pool(config, "prefill", source, num_blocks, "prefill"),
-        decode=_pool(config, "decode", source, num_blocks, "mixed" if both else "decode"),
+        prefill=_pool(config, "prefill", source, prefill_blocks, "prefill"),
+        decode=_pool(config, "decode", source, decode_blocks, "mixed" if both else "decode"),
         kv_bytes_per_token=token_bytes,
         num_layers=shape.num_layers,
         block_size=config.kv.block_size,
-        max_model_len=_max_model_len(config, shape, num_blocks),
+        max_model_len=_max_model_len(config, shape, (prefill_blocks, decode_blocks)),
         network=network,
         transfer_mode=config.transfer.mode,
         local_prefill="always" if colocated else config.decode.local_prefill,
@@ -117,13 +118,13 @@ def _node(config: ClusterConfig, worker: str) -> str:
     return next((node for node, workers in config.ray.nodes.items() if worker in workers), "")
 
 
-def _max_model_len(config: ClusterConfig, shape: ModelShape, num_blocks: int) -> int:
-    """As `serve` resolves 0: the model's own, as far as the KV pool holds one such sequence."""
-    room = num_blocks * config.kv.block_size
+def _max_model_len(config: ClusterConfig, shape: ModelShape, num_blocks: tuple[int, int]) -> int:
+    """As `serve` resolves 0: the model's own, as far as both KV pools hold one such sequence."""
+    room = min(num_blocks) * config.kv.block_size
     asked = config.model.max_model_len
     if not room or asked > room:
         raise InvalidConfig(
-            "kv.memory",
+            config.memory_keys[num_blocks.index(min(num_blocks))],
             f"holds {room} tokens, less than one sequence of {asked or config.kv.block_size}",
             "give more memory or lower model.max_model_len",
         )

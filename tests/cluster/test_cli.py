@@ -102,6 +102,8 @@ def test_validate_takes_a_good_file(checkpoint: Path, capsys: pytest.CaptureFixt
         (["model.max_model_len=513"], "model.max_model_len"),
         (["kv.memory=100KB"], "kv.memory"),
         (["kv.memory=1KiB", "model.max_model_len=0"], "kv.memory"),
+        (["prefill.memory=100KB"], "prefill.memory"),
+        (["prefill.memory=1GiB", "decode.memory=100KB"], "decode.memory"),
         (["model.path=/nowhere/at/all"], "model.path"),
     ],
 )

@@ -2,13 +2,30 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
+import pytest
 from phasewise.cluster.bundles import check_room, groups_of
 from phasewise.configs.load import load_cluster
+from phasewise.placement.candidates import parse_placement
 from phasewise.placement.plan_file import cluster_yaml
 
 from .plan_problems import plan
+
+
+def test_each_pool_gets_the_kv_memory_that_it_was_verified_with(tmp_path: Path) -> None:
+    """Decode on two GPUs has more room than prefill on one."""
+    found = plan("llama-3.1-8b-h100", "search.colocated=false", "search.seeds=2")
+    placement = parse_placement("P1x1 D2x1", found.problem)
+    judged = replace(found.best.judged, placement=placement)
+    path = tmp_path / "cluster.yaml"
+    path.write_text(cluster_yaml(replace(found, best=replace(found.best, judged=judged))))
+    config = load_cluster(path)
+    for pool, memory in zip(placement.pools, config.memories, strict=True):
+        held = memory / found.problem.model.kv_bytes_per_token
+        assert held == pytest.approx(pool.shape.kv_tokens, rel=1e-3)
+    assert config.memories[1] > config.memories[0]
 
 
 def test_a_plan_over_two_kinds_of_gpu_names_the_kind_of_each_pool(tmp_path: Path) -> None:

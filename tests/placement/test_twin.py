@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+from phasewise.cluster.resources import worker_specs
 from phasewise.configs.load import load_cluster
 from phasewise.engine.errors import InvalidConfig
 from phasewise.placement.calibration import read_calibration
@@ -51,6 +52,14 @@ def cluster(tmp_path: Path) -> Path:
 def source(path: Path, *overrides: str) -> RooflineLatency:
     config = load_cluster(path, overrides)
     return RooflineLatency(shape=shape_of_cluster(config), hardware=read_hardware("cpu"))
+
+
+def test_each_pool_holds_the_kv_that_its_own_key_says(cluster: Path) -> None:
+    file = load_cluster(cluster, ("prefill.memory=32MiB",))
+    twin = twin_of(file, source(cluster))
+    prefill, decode = [{w.num_blocks for w in pool} for pool in (twin.prefill, twin.decode)]
+    assert {2 * blocks for blocks in prefill} == decode
+    assert {spec.kv.memory for spec in worker_specs(file, 2)} == {32 << 20, 64 << 20}
 
 
 def test_the_twin_of_a_file_that_names_nodes_has_its_workers_there(cluster: Path) -> None:
