@@ -19,7 +19,7 @@ ACTIVATION_BYTES = 2.0
 KNOTS = tuple(
     sorted({int(2 ** (i / 2)) for i in range(31)} | {96, 160, 192, 224, 320, 384, 448})
 )  # 1 to 32,768
-NETWORK_HOP_S = 20e-6  # of an all-reduce from node to node, before the first byte; assumed
+NETWORK_HOP_S = 20e-6  # from node to node, before the first byte; assumed
 HOP_S = 10e-6  # to hand a stage's activations on, before the first byte
 
 
@@ -102,8 +102,7 @@ class RooflineLatency:
                 "use divisors of both",
             )
         stages = tuple(
-            self._stage(tensor_parallel, pipeline_parallel, last=i == pipeline_parallel - 1)
-            for i in range(pipeline_parallel)
+            self._stage(tensor_parallel, pipeline_parallel, i) for i in range(pipeline_parallel)
         )
         return PhaseLatency(
             hardware=self.hardware.name,
@@ -115,15 +114,16 @@ class RooflineLatency:
             origin=f"computed; its coefficients: {self.hardware.origin['coefficients']}",
         )
 
-    def _stage(self, tp: int, pp: int, *, last: bool) -> KnotStepTime:
+    def _stage(self, tp: int, pp: int, number: int) -> KnotStepTime:
         shape, hardware, shares = self.shape, self.hardware, self.hardware.coefficients
         layers = shape.num_layers / pp
         hidden_bytes = ACTIVATION_BYTES * shape.hidden
+        last = number == pp - 1
         head = shape.vocab * shape.hidden / tp if last else 0.0
         head_s = head * shape.weight_bytes / (hardware.memory_bandwidth * shares.weight_read)
         curve = []
         for tokens in KNOTS:
-            hop_s = 0.0 if last else HOP_S + tokens * hidden_bytes / hardware.link_bandwidth
+            hop_s = 0.0 if last else self._hop_s(tokens * hidden_bytes, tp, pp, number)
             one_s = layer_s(shape, tokens, tp, hardware)
             one_s += 2 * all_reduce_s(tokens * hidden_bytes, tp, hardware, self.domain)
             curve.append(shares.step_s / pp + layers * one_s + head_s + hop_s)
@@ -137,3 +137,11 @@ class RooflineLatency:
             decode_row_s=2 * head / (hardware.flops * shares.matmul),
             decode_context_s=kv / (hardware.memory_bandwidth * shares.kv_read),
         )
+
+    def _hop_s(self, num_bytes: float, tp: int, pp: int, number: int) -> float:
+        """Activations to the next stage, each device to its counterpart. As many stages as a
+        domain holds lie in one; between domains the network carries them."""
+        within = self.domain // tp or 1
+        if self.domain and tp * pp > self.domain and (number + 1) % within == 0:
+            return NETWORK_HOP_S + num_bytes / self.hardware.network_bandwidth
+        return HOP_S + num_bytes / self.hardware.link_bandwidth

@@ -129,6 +129,22 @@ def test_a_group_that_leaves_its_domain_waits_for_the_network() -> None:
     assert all_reduce_s(2**26, 16, slow) < 1.1 * inside
 
 
+def test_a_pipeline_pays_the_network_where_it_leaves_a_domain_and_nowhere_else() -> None:
+    """Four stages of two devices: in domains of eight, four and two devices."""
+    sheet = replace(read_hardware("h100"), network_bandwidth=1e9)
+    prompt = prompt_features(1024)
+    extra_s = 1024 * 2 * LLAMA_8B.hidden * (1 / 1e9 - 1 / sheet.link_bandwidth)
+    whole = RooflineLatency(shape=LLAMA_8B, hardware=sheet).phase("prefill", 2, 4)
+    for domain, crossings in ((8, []), (4, [1]), (2, [0, 1, 2])):
+        source = RooflineLatency(shape=LLAMA_8B, hardware=sheet, domain=domain)
+        stages = source.phase("prefill", 2, 4).stages
+        more = [
+            a.batch_s(prompt) - b.batch_s(prompt) for a, b in zip(stages, whole.stages, strict=True)
+        ]
+        expected = [extra_s * (number in crossings) for number in range(4)]
+        assert more == pytest.approx(expected, rel=1e-2, abs=1e-9)
+
+
 def test_a_split_that_does_not_divide_is_refused() -> None:
     source = RooflineLatency(shape=LLAMA_8B, hardware=read_hardware("h100"))
     with pytest.raises(NoLatency, match="do not divide"):
