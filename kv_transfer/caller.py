@@ -75,7 +75,7 @@ class Caller:
         if any(way in GROUP for way in self.ways):
             from ..engine.shard import serve_store
 
-            self._store = serve_store(self._config.host, self._config.answer_s)
+            self._store = serve_store(self._config.host, max(map(self._meeting_s, self.ways)))
         for sock in self._listening:
             sock.listen(64)
             loop.add_reader(sock, self._pick_up, sock)
@@ -97,7 +97,7 @@ class Caller:
             sock = _tcp_socket()
             where = _host_port(peer.tcp)
         try:
-            async with asyncio.timeout(self._config.answer_s):
+            async with asyncio.timeout(self._meeting_s(transport)):
                 await asyncio.get_running_loop().sock_connect(sock, where)
                 number = self._number()
                 fd = self._memory.fd if transport == "shm" else None
@@ -129,6 +129,9 @@ class Caller:
         latest = self._latest.get(worker.name, worker.incarnation)
         if worker.incarnation < latest:
             raise PeerRefused(f"{worker} was replaced by {worker.name}#{latest}; ask for that one")
+
+    def _meeting_s(self, transport: str) -> float:
+        return self._config.nccl_s if transport == "nccl" else self._config.answer_s
 
     def _number(self) -> int:
         self._numbers += 1
@@ -215,21 +218,21 @@ class Caller:
         """`store_host`: where the called one's store is; None on its own side, as rank 0."""
         from .group import device_of, join_store, open_group
 
-        config = self._config
+        config, within_s = self._config, self._meeting_s(hello.transport)
 
         def meet() -> Group:
             if store_host is None:
                 assert self._store is not None, "listening for groups, it serves a store"
                 store, rank = self._store[0], 0
             else:
-                store, rank = join_store(store_host, hello.store, config.answer_s), 1
+                store, rank = join_store(store_host, hello.store, within_s), 1
             return open_group(
                 store,
                 token.hex(),
                 rank,
                 device=device_of(self._memory),
                 host=config.host,
-                open_s=config.answer_s,
+                open_s=within_s,
                 stall_s=config.lease_s,
             )
 
@@ -287,12 +290,12 @@ class Caller:
         """One call, until it is a contact, a data connection or hung up on."""
         kept = False
         try:
-            async with asyncio.timeout(self._config.answer_s):
+            async with asyncio.timeout(self._config.answer_s) as limit:
                 preface = await handshake.read_exactly(sock, len(CONTROL))
                 if preface == DATA and sock.family == socket.AF_INET:
                     kept = await self._answer_data(sock)
                 elif preface == CONTROL:
-                    await self._answer_control(sock)
+                    await self._answer_control(sock, limit)
                     kept = True
         except (MalformedFrame, PeerRefused, OSError, ValueError, TimeoutError):
             self.hung_up += 1
@@ -310,7 +313,7 @@ class Caller:
         waiting.set_result(sock)
         return True
 
-    async def _answer_control(self, sock: socket.socket) -> None:
+    async def _answer_control(self, sock: socket.socket, limit: asyncio.Timeout) -> None:
         received = await handshake.hear(sock)
         try:
             try:
@@ -318,6 +321,8 @@ class Caller:
             except PeerRefused as error:
                 await handshake.refuse(sock, str(error))
                 raise
+            within_s = self._meeting_s(received.hello.transport)
+            limit.reschedule(asyncio.get_running_loop().time() + within_s)
             number = self._number()
             if sock.family == socket.AF_UNIX:
                 contact = self._neighbour(number, sock, received, fit)

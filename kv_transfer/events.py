@@ -42,6 +42,7 @@ class TransferConfig:
     park_s: float = 60.0  # KV that nobody fetched is dropped after this
     silence_s: float = 1.0  # within it a connected peer that says nothing is lost
     answer_s: float = 1.0  # longest wait for the answer to `ask`, and for a handshake
+    nccl_s: float = 15.0  # the same, where it ends in an NCCL group, whose first takes seconds
     host: str = "127.0.0.1"  # where TCP listens, as peers reach it
     checksum: bool = False  # compare block contents before a commit; either side may ask for it
     small_bytes: int = 512 << 10  # KV up to this size is sent whole at commit, not layer by layer
@@ -51,7 +52,7 @@ class TransferConfig:
         if self.transport not in ("auto", *TRANSPORTS):
             known = f"use auto or one of {', '.join(TRANSPORTS)}"
             raise InvalidConfig("transfer.transport", f"unknown {self.transport!r}", known)
-        for name in ("lease_s", "park_s", "silence_s", "answer_s"):
+        for name in ("lease_s", "park_s", "silence_s", "answer_s", "nccl_s"):
             if getattr(self, name) <= 0:
                 raise InvalidConfig(f"transfer.{name}", "must be positive", "give seconds > 0")
 
