@@ -25,7 +25,9 @@ def paced_source(model: ModelConfig, kv: KVConfig, paced: PacedConfig) -> Latenc
     """
     shape = paced_shape(model, kv, paced)
     if paced.profile is None:
-        return RooflineLatency(shape=shape, hardware=read_hardware(paced.hardware))
+        return RooflineLatency(
+            shape=shape, hardware=read_hardware(paced.hardware, where="paced.hardware")
+        )
     profile = read_profile(paced.profile)
     profile.require(model=shape.name)
     return profile
@@ -35,6 +37,6 @@ def paced_bytes_per_s(paced: PacedConfig, num_devices: int) -> float:
     """Bandwidth of a worker's links, one direction, of the pretended KV; 0: not paced."""
     if paced.link == "free":
         return 0.0
-    hardware = read_hardware(paced.hardware)
+    hardware = read_hardware(paced.hardware, where="paced.hardware")
     each = hardware.link_bandwidth if paced.link == "node" else hardware.network_bandwidth
     return each * num_devices

@@ -204,9 +204,21 @@ def _verdict(problem: Problem, best: Verified, other: Verified | None) -> str:
             if colocated
             else "disaggregate: no colocated placement meets the targets"
         )
-    a, b = best.judged, other.judged
-    ratio = a.per_gpu / b.per_gpu
-    words = f"{a.per_gpu:.2f} against {b.per_gpu:.2f} req/s a GPU ({ratio:.2f} ×)"
-    gpus = f"{a.placement.gpus} GPUs against {b.placement.gpus}"
     advice = "do not disaggregate" if colocated else "disaggregate"
-    return f"{advice}: {words}, {gpus}"
+    return f"{advice}: {_against(problem, best.judged, other.judged)}"
+
+
+def _against(problem: Problem, a: Judged, b: Judged) -> str:
+    """What the objective weighs: what a given rate takes, or what a GPU serves."""
+    goal, rate_rps = problem.config.objective.goal, problem.rate_rps
+    gpus = f"{a.placement.gpus} GPUs against {b.placement.gpus}"
+    if rate_rps is None or goal == "goodput":
+        ratio = a.per_gpu / b.per_gpu
+        words = f"{a.per_gpu:.2f} against {b.per_gpu:.2f} req/s a GPU ({ratio:.2f} ×)"
+        return f"{words}, {gpus}"
+    if goal in ("cost", "goodput_per_dollar"):
+        gpus += f", {a.placement.cost_per_hour:.2f} $/h against {b.placement.cost_per_hour:.2f}"
+    if goal in ("power", "goodput_per_watt"):
+        watts = a.placement.power_w, b.placement.power_w
+        gpus += f", {watts[0] / 1e3:.2f} kW against {watts[1] / 1e3:.2f}"
+    return f"{gpus} for {rate_rps:g} req/s; they hold {a.rate_rps:.2f} and {b.rate_rps:.2f}"

@@ -260,7 +260,7 @@ def _network(args: argparse.Namespace, calibration: Calibration | None) -> Netwo
         return calibration.network
     if args.hardware is None:
         return None
-    sheet = read_hardware(args.hardware)
+    sheet = read_hardware(args.hardware, where="--hardware")
     return Network(
         local=Link(bytes_per_s=sheet.link_bandwidth),
         remote=Link(bytes_per_s=sheet.network_bandwidth),

@@ -121,7 +121,7 @@ def test_a_paced_file_needs_only_the_config_of_its_model(tmp_path: Path) -> None
         ((*PACED, "prefill.threads=2"), "prefill.threads"),
         ((*PACED, "decode.pipeline_parallel=2"), "decode.pipeline_parallel"),
         ((*PACED, "decode.block_size=24"), "decode.block_size"),
-        ((*PACED[:2], "paced.hardware=h1000"), "hardware 'h1000'"),
+        ((*PACED[:2], "paced.hardware=h1000"), "paced.hardware"),
         ((*PACED, "decode.tensor_parallel=3"), "tiny at tensor parallel 3, pipeline parallel 1"),
     ],
 )

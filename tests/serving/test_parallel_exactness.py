@@ -92,7 +92,7 @@ def _tokens(client: Client) -> list[int]:
 
 
 def _is_follower(pid: int) -> bool:
-    return b"FollowerActor" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    return b"PlacedFollower" in Path(f"/proc/{pid}/cmdline").read_bytes()
 
 
 def _is_restarted(client: Client) -> bool:
