@@ -135,7 +135,7 @@ def provision(
     if whole.x is None:
         return None
     counts = np.rint(whole.x[:n]).astype(int)
-    sign = 1.0 if cost[n:].any() is np.False_ else -1.0
+    sign = -1.0 if cost[n:].any() else 1.0  # a goodput is raised by lowering its negative
     bound = float(whole.mip_dual_bound)
     prices = -np.array(relaxed.ineqlin.marginals)
     chosen = [(option, int(count)) for option, count in zip(options, counts, strict=True) if count]
