@@ -9,9 +9,9 @@ demo: install
 	$(BIN)/phasewise demo
 
 # A file to a process, as its tests share a checkpoint or a cluster, in the order of conftest.py.
-# Three for two cores, as many tests wait for what others do; a thread each, else torch's own
-# threads wait for one another.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 3 --dist loadfile --no-loadscope-reorder
+# Two at a time: with three on two cores ranks that wait for each other run into their limits. A
+# thread each, else torch's own threads wait for one another.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
 test: install
 	$(PYTEST)
