@@ -47,7 +47,8 @@ def cluster_sections(plan: Plan) -> dict[str, dict[str, Any]]:
         own = kv_memory(plan, placement.prefill)
         if own != kv_memory(plan, placement.decode):
             prefill["memory"] = own
-        decode["local_prefill"] = "auto"
+        # As it was verified: decode workers compute prompts only while no prefill worker can.
+        decode |= {"local_prefill": "auto", "local_prefill_tokens": 0}
     targets = plan.problem.slo.default
     return {
         "model": {

@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from ..configs.schema import DecodeConfig
 from .candidates import Judged, Placement, Pool
 from .deployment import Deployment, WorkerModel
 from .goodput import mean_interval
@@ -247,7 +246,6 @@ def deployment_of(problem: Problem, placement: Placement) -> Deployment:
         max_model_len=problem.max_model_len,
         network=_network(placement) if search.kv_transfer else Network(),
         local_prefill="always" if colocated else "never",
-        local_prefill_tokens=0 if colocated else DecodeConfig().local_prefill_tokens,
         ttft_ms=targets.ttft_s * 1e3,
         tpot_ms=targets.tpot_s * 1e3,
         overheads=problem.overheads,

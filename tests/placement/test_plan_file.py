@@ -26,6 +26,7 @@ def test_each_pool_gets_the_kv_memory_that_it_was_verified_with(tmp_path: Path) 
         held = memory / found.problem.model.kv_bytes_per_token
         assert held == pytest.approx(pool.shape.kv_tokens, rel=1e-3)
     assert config.memories[1] > config.memories[0]
+    assert config.decode.local_prefill_tokens == 0, "no prompt skips the hop that was simulated"
 
 
 def test_a_plan_over_two_kinds_of_gpu_names_the_kind_of_each_pool(tmp_path: Path) -> None:
