@@ -31,12 +31,12 @@ from live.pieces import PROMPTS, SEED, WARM_UP, Folder
 from phasewise.cluster.cli import main as phasewise
 from phasewise.cluster.commands.status import to_text
 from phasewise.configs.load import load_cluster, load_plan
-from phasewise.placement.calibration import read_calibration
-from phasewise.placement.simulator import simulate
-from phasewise.placement.slo import SloPolicy, SloTargets, met
-from phasewise.placement.step_profile import read_profile
-from phasewise.placement.twin import twin_of, with_targets
-from phasewise.placement.workload import Workload, WorkloadSpec, parse_workload
+from phasewise.placement.latency.step_profile import read_profile
+from phasewise.placement.simulation.calibration import read_calibration
+from phasewise.placement.simulation.simulator import simulate
+from phasewise.placement.simulation.twin import twin_of, with_targets
+from phasewise.placement.workload.slo import SloPolicy, SloTargets, met
+from phasewise.placement.workload.workload import Workload, WorkloadSpec, parse_workload
 from rich.table import Table
 
 PLAN = CONFIGS / "plan-tiny-cpu.yaml"

@@ -28,14 +28,14 @@ from live.pieces import LAUNCH_S, PROMPTS, Folder, overheads_of, source_of, warm
 from phasewise.cluster.commands.status import to_text
 from phasewise.cluster.loadgen.goodput import Goodput as Found
 from phasewise.cluster.loadgen.goodput import find_goodput
-from phasewise.placement.deployment import Overheads
-from phasewise.placement.goodput import Goodput, GoodputSearch
-from phasewise.placement.judging import JointJudge
-from phasewise.placement.simulator import simulate
-from phasewise.placement.slo import SloPolicy, SloTargets
-from phasewise.placement.twin import with_targets
-from phasewise.placement.workload import WorkloadSpec
-from phasewise.placement.workload_file import read_workload
+from phasewise.placement.goodput.goodput import Goodput, GoodputSearch
+from phasewise.placement.goodput.judging import JointJudge
+from phasewise.placement.simulation.deployment import Overheads
+from phasewise.placement.simulation.simulator import simulate
+from phasewise.placement.simulation.twin import with_targets
+from phasewise.placement.workload.slo import SloPolicy, SloTargets
+from phasewise.placement.workload.workload import WorkloadSpec
+from phasewise.placement.workload.workload_file import read_workload
 from rich.table import Table
 
 FOLDER = Path(__file__).parent / "results" / "twin"

@@ -24,14 +24,14 @@ from pathlib import Path
 
 import numpy as np
 from phasewise.engine.step_time import StepFeatures
-from phasewise.placement import tables
-from phasewise.placement.aiconfigurator_source import AiconfiguratorLatency
-from phasewise.placement.fitting import Point, fit_coefficients, fit_knots, medians
-from phasewise.placement.hardware import Hardware, read_hardware
-from phasewise.placement.latency import NoLatency, Phase, PhaseLatency
-from phasewise.placement.model_shape import ModelShape, read_shape
-from phasewise.placement.roofline import RooflineLatency, all_reduce_s, layer_s
-from phasewise.placement.step_profile import StepProfile
+from phasewise.placement.latency import tables
+from phasewise.placement.latency.aiconfigurator_source import AiconfiguratorLatency
+from phasewise.placement.latency.fitting import Point, fit_coefficients, fit_knots, medians
+from phasewise.placement.latency.hardware import Hardware, read_hardware
+from phasewise.placement.latency.model_shape import ModelShape, read_shape
+from phasewise.placement.latency.phase_latency import NoLatency, Phase, PhaseLatency
+from phasewise.placement.latency.roofline import RooflineLatency, all_reduce_s, layer_s
+from phasewise.placement.latency.step_profile import StepProfile
 from scipy.optimize import least_squares
 
 MODELS = Path(__file__).parent.parent / "configs" / "models"

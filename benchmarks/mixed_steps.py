@@ -32,7 +32,7 @@ from phasewise.engine.request import Request, SamplingParams
 from phasewise.engine.runner import Runner, build_runner
 from phasewise.engine.sequence import Sequence as EngineSequence
 from phasewise.engine.step_time import StepFeatures, features_of
-from phasewise.placement.fitting import fit_knots
+from phasewise.placement.latency.fitting import fit_knots
 
 COLOCATED = Path(__file__).parents[1] / "configs" / "colocated.yaml"
 CONTEXTS = (50, 150, 500)  # of a decoding row

@@ -8,10 +8,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from phasewise.configs.load import load_plan
-from phasewise.placement.phase_search import PhaseSearch
-from phasewise.placement.plan import Plan, make_plan
-from phasewise.placement.problem import read_problem
-from phasewise.placement.verify import Verified
+from phasewise.placement.search.phase_search import PhaseSearch
+from phasewise.placement.search.plan import Plan, make_plan
+from phasewise.placement.search.problem import read_problem
+from phasewise.placement.search.verify import Verified
 
 FILE = Path("configs/plan-qwen3-32b-h200.yaml")
 FIXED = ("workload.lengths.prompt=4000", "workload.lengths.output=500")

@@ -23,16 +23,16 @@ from pathlib import Path
 from typing import Any
 
 from phasewise.configs.load import load_plan
-from phasewise.placement.deployment import Deployment, replicas
-from phasewise.placement.distserve_mirror import MirrorPhase, mirror
-from phasewise.placement.distserve_profile import DistServeLatency, read_distserve_profile
-from phasewise.placement.network import Network
-from phasewise.placement.plan import make_plan
-from phasewise.placement.problem import read_problem
-from phasewise.placement.simulator import simulate
-from phasewise.placement.traces import read_trace
-from phasewise.placement.transfer import Link
-from phasewise.placement.workload import Workload, WorkloadSpec
+from phasewise.placement.latency.distserve_profile import DistServeLatency, read_distserve_profile
+from phasewise.placement.latency.transfer import Link
+from phasewise.placement.recurrences.distserve_mirror import MirrorPhase, mirror
+from phasewise.placement.search.plan import make_plan
+from phasewise.placement.search.problem import read_problem
+from phasewise.placement.simulation.deployment import Deployment, replicas
+from phasewise.placement.simulation.network import Network
+from phasewise.placement.simulation.simulator import simulate
+from phasewise.placement.workload.traces import read_trace
+from phasewise.placement.workload.workload import Workload, WorkloadSpec
 
 DATA = Path(__file__).parents[1] / "tests" / "placement" / "data"
 MODEL = "facebook/opt-13b"

@@ -18,12 +18,12 @@ from pathlib import Path
 from typing import Any
 
 from phasewise.configs.load import load_plan
-from phasewise.placement.candidates import Placement, Pool, parse_compare, parse_placement
-from phasewise.placement.goodput import mean_interval
-from phasewise.placement.problem import Problem, WorkerShape, read_problem
-from phasewise.placement.search import Search
-from phasewise.placement.splitwise_mirror import DESIGNS, with_free_batching
-from phasewise.placement.units import bundles_of
+from phasewise.placement.goodput.goodput import mean_interval
+from phasewise.placement.search.algorithms import Search
+from phasewise.placement.search.candidates import Placement, Pool, parse_compare, parse_placement
+from phasewise.placement.search.problem import Problem, WorkerShape, read_problem
+from phasewise.placement.search.splitwise_mirror import DESIGNS, with_free_batching
+from phasewise.placement.search.units import bundles_of
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 PUBLISHED = {"opt-13b-sharegpt": 2.30, "opt-66b-sharegpt": 0.957}  # req/s a GPU

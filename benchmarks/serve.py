@@ -30,9 +30,9 @@ from phasewise.cluster.commands.status import to_text
 from phasewise.cluster.loadgen.load import Run, Sample
 from phasewise.cluster.loadgen.report import Report, report_of
 from phasewise.cluster.loadgen.requests import prompt_of
-from phasewise.placement.slo import SloPolicy, SloTargets
-from phasewise.placement.workload import Workload
-from phasewise.placement.workload_file import read_workload
+from phasewise.placement.workload.slo import SloPolicy, SloTargets
+from phasewise.placement.workload.workload import Workload
+from phasewise.placement.workload.workload_file import read_workload
 from rich.table import Table
 
 ROOT = Path(__file__).parents[1]

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from phasewise.placement.traces import Trace, read_trace
+from phasewise.placement.workload.traces import Trace, read_trace
 
 ROOT = Path(__file__).parent.parent
 SOURCE = ROOT / "tests" / "placement" / "data" / "nanoflow_sharegpt.csv.gz"

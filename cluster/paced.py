@@ -14,7 +14,7 @@ from ..configs.schema import KVConfig, ModelConfig, PacedConfig
 from ..engine.layout import KVLayout
 from ..engine.paced import PacedRunner, paced_layout
 from ..engine.spec import fingerprint, load_spec
-from ..placement.paced import paced_bytes_per_s, paced_shape, paced_source
+from ..placement.latency.paced import paced_bytes_per_s, paced_shape, paced_source
 from .spec import WorkerSpec
 
 

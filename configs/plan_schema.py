@@ -1,6 +1,6 @@
 """The plan file: what `phasewise plan` is asked. As strict as a cluster file.
 
-`workload` and `slo` are checked where they are understood (`placement/workload.py`, `slo.py`).
+`workload` and `slo` are checked where they are understood (`placement/workload/`).
 """
 
 from __future__ import annotations

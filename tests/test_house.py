@@ -23,6 +23,15 @@ FLOORS = {
     "placement": 5,
     "cluster": 6,
 }
+PLANNER = (  # placement's own floors, from the ground up
+    "workload",
+    "latency",
+    "simulation",
+    "goodput",
+    "recurrences",
+    "search",
+    "report",
+)
 DOORS = {  # import: files or folders that may have it
     "ray": ("cluster/launch.py",),
     "grpc": ("cluster/",),
@@ -86,6 +95,14 @@ def test_imports_go_down_the_floors(path: Path) -> None:
         if parts[0] == "phasewise" and len(parts) > 1 and parts[1] in FLOORS:
             below = FLOORS[parts[1]] < FLOORS[here]
             assert below or parts[1] == here, f"{path} imports {name}"
+
+
+@pytest.mark.parametrize("path", [p for p in sources() if p.parts[0] == "placement"], ids=str)
+def test_imports_go_down_the_floors_of_the_planner(path: Path) -> None:
+    for name in imports(path):
+        parts = name.split(".")
+        if parts[:2] == ["phasewise", "placement"]:
+            assert PLANNER.index(parts[2]) <= PLANNER.index(path.parts[1]), f"{path} imports {name}"
 
 
 @pytest.mark.parametrize("path", sources(), ids=str)

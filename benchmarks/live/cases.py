@@ -10,12 +10,12 @@ from live.checkpoint import checkpoint
 from phasewise.cluster.checkpoint import resolve
 from phasewise.configs.load import load_cluster
 from phasewise.configs.schema import ClusterConfig
-from phasewise.placement.deployment import Deployment, Overheads
-from phasewise.placement.latency import LatencySource
-from phasewise.placement.slo import SloPolicy
-from phasewise.placement.twin import twin_of, with_targets
-from phasewise.placement.workload import Workload, WorkloadSpec
-from phasewise.placement.workload_file import read_workload
+from phasewise.placement.latency.phase_latency import LatencySource
+from phasewise.placement.simulation.deployment import Deployment, Overheads
+from phasewise.placement.simulation.twin import twin_of, with_targets
+from phasewise.placement.workload.slo import SloPolicy
+from phasewise.placement.workload.workload import Workload, WorkloadSpec
+from phasewise.placement.workload.workload_file import read_workload
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 FEWEST = 60  # requests

@@ -21,8 +21,8 @@ from phasewise.cluster.commands.bench import Bench, Settings, open_bench
 from phasewise.cluster.heap import settle_heap
 from phasewise.cluster.loadgen.load import Run
 from phasewise.cluster.loadgen.report import latencies
-from phasewise.placement.slo import SloPolicy
-from phasewise.placement.workload import Workload, WorkloadSpec
+from phasewise.placement.workload.slo import SloPolicy
+from phasewise.placement.workload.workload import Workload, WorkloadSpec
 
 MAIN = "import sys; from phasewise.cluster.cli import main; sys.exit(main(sys.argv[1:]))"
 WORKER = "ray::PlacedWork"  # what Ray calls its process, cut off by the kernel

@@ -9,8 +9,8 @@ import numpy as np
 from live.cases import Case
 from live.pieces import SEED, Folder, overheads_of, read_runs, source_of
 from numpy.typing import NDArray
-from phasewise.placement.simulator import simulate
-from phasewise.placement.slo import SloPolicy, met
+from phasewise.placement.simulation.simulator import simulate
+from phasewise.placement.workload.slo import SloPolicy, met
 from rich.table import Table
 
 POINTS = 0.05  # of attainment

@@ -21,11 +21,11 @@ from live.cases import Case
 from live.cluster import Served, offered, running
 from phasewise.cluster.commands.bench import Bench
 from phasewise.cluster.commands.profile import profile_of
-from phasewise.placement.calibration import read_calibration, write_calibration
-from phasewise.placement.calibration_fit import calibration_load, fit_overheads
-from phasewise.placement.deployment import Overheads
-from phasewise.placement.step_profile import StepProfile, read_profile, write_profile
-from phasewise.placement.workload import Workload
+from phasewise.placement.latency.step_profile import StepProfile, read_profile, write_profile
+from phasewise.placement.simulation.calibration import read_calibration, write_calibration
+from phasewise.placement.simulation.calibration_fit import calibration_load, fit_overheads
+from phasewise.placement.simulation.deployment import Overheads
+from phasewise.placement.workload.workload import Workload
 
 PROFILE_S = 45.0
 LAUNCH_S = 20.0  # to launch and end a cluster, roughly

@@ -33,9 +33,9 @@ from rich.table import Table
 from ...configs.errors import InvalidConfig
 from ...configs.values import parse_host_port
 from ...engine.errors import Unavailable
-from ...placement.slo import SloPolicy, SloTargets
-from ...placement.workload import Workload, WorkloadSpec
-from ...placement.workload_file import read_workload
+from ...placement.workload.slo import SloPolicy, SloTargets
+from ...placement.workload.workload import Workload, WorkloadSpec
+from ...placement.workload.workload_file import read_workload
 from ..cli import EXIT_OK, EXIT_RUNTIME, without_nan
 from ..client import AsyncClient
 from ..heap import settle_heap

@@ -18,15 +18,15 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from ...configs.load import load_plan
-from ...placement.explain import explain, summary
-from ...placement.infeasible import Infeasible, check_config
-from ...placement.plan import Plan, make_plan
-from ...placement.plan_file import cluster_yaml, plan_json
-from ...placement.problem import read_problem
-from ...placement.provision import Provision, options_of, provision
-from ...placement.report import report_html
-from ...placement.search import Report
-from ...placement.sensitivity import Sensitivity, sensitivity
+from ...placement.report.explain import explain, summary
+from ...placement.report.page import report_html
+from ...placement.report.plan_file import cluster_yaml, plan_json
+from ...placement.search.algorithms import Report
+from ...placement.search.infeasible import Infeasible, check_config
+from ...placement.search.plan import Plan, make_plan
+from ...placement.search.problem import read_problem
+from ...placement.search.provision import Provision, options_of, provision
+from ...placement.search.sensitivity import Sensitivity, sensitivity
 from ..cli import EXIT_OK, add_overrides, check_writable, without_nan
 
 EXIT_INFEASIBLE = 3

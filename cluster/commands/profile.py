@@ -32,8 +32,8 @@ from ...configs.load import load_cluster
 from ...configs.schema import ClusterConfig
 from ...engine.rank import resolve_dtype
 from ...engine.runner import Runner, build_runner
-from ...placement.fitting import Point, fit_coefficients, fit_knots, medians
-from ...placement.step_profile import ProfilePoint, StepProfile, write_profile
+from ...placement.latency.fitting import Point, fit_coefficients, fit_knots, medians
+from ...placement.latency.step_profile import ProfilePoint, StepProfile, write_profile
 from ..checkpoint import resolve
 from ..cli import EXIT_OK, add_config_arguments, check_writable
 from ..profiling.measure import Timed, measure

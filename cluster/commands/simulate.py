@@ -24,22 +24,22 @@ from rich.table import Table
 from ...configs.errors import InvalidConfig
 from ...configs.load import load_cluster
 from ...configs.schema import ClusterConfig
-from ...placement.calibration import Calibration, read_calibration
-from ...placement.deployment import Deployment
-from ...placement.goodput import Goodput, GoodputSearch
-from ...placement.hardware import read_hardware
-from ...placement.judging import JointJudge
-from ...placement.latency import LatencySource
-from ...placement.network import Network
-from ...placement.roofline import RooflineLatency
-from ...placement.simulator import simulate
-from ...placement.slo import SloPolicy, SloTargets
-from ...placement.step_profile import read_profile
-from ...placement.transfer import Link
-from ...placement.twin import shape_of_cluster, twin_of, with_targets
-from ...placement.twin_report import RANKS, TwinReport, report
-from ...placement.workload import WorkloadSpec
-from ...placement.workload_file import read_workload
+from ...placement.goodput.goodput import Goodput, GoodputSearch
+from ...placement.goodput.judging import JointJudge
+from ...placement.latency.hardware import read_hardware
+from ...placement.latency.phase_latency import LatencySource
+from ...placement.latency.roofline import RooflineLatency
+from ...placement.latency.step_profile import read_profile
+from ...placement.latency.transfer import Link
+from ...placement.report.twin_report import RANKS, TwinReport, report
+from ...placement.simulation.calibration import Calibration, read_calibration
+from ...placement.simulation.deployment import Deployment
+from ...placement.simulation.network import Network
+from ...placement.simulation.simulator import simulate
+from ...placement.simulation.twin import shape_of_cluster, twin_of, with_targets
+from ...placement.workload.slo import SloPolicy, SloTargets
+from ...placement.workload.workload import WorkloadSpec
+from ...placement.workload.workload_file import read_workload
 from ..cli import EXIT_OK, add_config_arguments, without_nan
 
 EXAMPLES = """\

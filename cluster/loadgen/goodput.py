@@ -12,8 +12,8 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from math import floor, isinf, sqrt
 
-from ...placement.slo import SloPolicy, meets_policy
-from ...placement.workload import Workload
+from ...placement.workload.slo import SloPolicy, meets_policy
+from ...placement.workload.workload import Workload
 from .load import Sample
 from .report import Report
 

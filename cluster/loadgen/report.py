@@ -13,8 +13,8 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from ...placement.slo import SloPolicy, class_attainments, met
-from ...placement.workload import Workload
+from ...placement.workload.slo import SloPolicy, class_attainments, met
+from ...placement.workload.workload import Workload
 from .load import Run, Sample
 
 RANKS = (50, 90, 95, 99)

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ...placement.slo import SloPolicy
-from ...placement.workload import Workload
+from ...placement.workload.slo import SloPolicy
+from ...placement.workload.workload import Workload
 from ..proto import phasewise_pb2 as pb
 
 

@@ -23,10 +23,10 @@ from phasewise.cluster.loadgen.requests import requests_of
 from phasewise.cluster.proto import phasewise_pb2 as pb
 from phasewise.configs.errors import InvalidConfig
 from phasewise.engine.errors import Overloaded
-from phasewise.placement.slo import SloPolicy, SloTargets
-from phasewise.placement.traces import PrefixHashes
-from phasewise.placement.workload import Workload
-from phasewise.placement.workload_file import read_workload
+from phasewise.placement.workload.slo import SloPolicy, SloTargets
+from phasewise.placement.workload.traces import PrefixHashes
+from phasewise.placement.workload.workload import Workload
+from phasewise.placement.workload.workload_file import read_workload
 from phasewise.tests.serving.in_process import cluster
 
 ROOT = Path(__file__).parents[2]

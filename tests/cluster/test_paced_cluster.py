@@ -15,7 +15,7 @@ from phasewise.configs.schema import PacedConfig
 from phasewise.engine.paced import continuation
 from phasewise.engine.spec import load_spec
 from phasewise.kv_transfer.paced import Lane
-from phasewise.placement.step_profile import ProfilePoint, StepProfile, write_profile
+from phasewise.placement.latency.step_profile import ProfilePoint, StepProfile, write_profile
 from phasewise.tests.serving.in_process import cluster
 
 TINY = Path(__file__).parents[2] / "models" / "tiny"

@@ -18,7 +18,7 @@ from phasewise.engine.paced import paced_layout
 from phasewise.engine.spec import ModelSpec, load_spec
 from phasewise.engine.step_clock import PARTS
 from phasewise.engine.step_time import StepCoefficients, StepFeatures, features_of
-from phasewise.placement.step_profile import ProfilePoint, StepProfile, read_profile
+from phasewise.placement.latency.step_profile import ProfilePoint, StepProfile, read_profile
 
 ROOT = Path(__file__).parents[2]
 TINY = ROOT / "models" / "tiny"

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from phasewise.cluster.cli import EXIT_INPUT, EXIT_OK, main
 from phasewise.cluster.commands.simulate import add_arguments, read_task
-from phasewise.placement.step_profile import ProfilePoint, StepProfile, write_profile
+from phasewise.placement.latency.step_profile import ProfilePoint, StepProfile, write_profile
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 

@@ -16,7 +16,7 @@ from phasewise.cluster.worker_link import LinkTimes, Lost, WorkerLink
 from phasewise.configs.schema import PacedConfig
 from phasewise.engine.errors import Unavailable
 from phasewise.engine.request import WorkerId
-from phasewise.placement.step_profile import ProfilePoint, StepProfile, write_profile
+from phasewise.placement.latency.step_profile import ProfilePoint, StepProfile, write_profile
 from phasewise.tests.serving.in_process import cluster
 
 from .fake_worker import FakeWorker, Run, Serving, expected

@@ -11,7 +11,7 @@ import torch
 from phasewise.engine.errors import InvalidConfig, UnsupportedModel
 from phasewise.engine.families import FAMILIES
 from phasewise.engine.spec import fingerprint, load_spec
-from phasewise.placement.model_shape import read_shape
+from phasewise.placement.latency.model_shape import read_shape
 
 transformers = pytest.importorskip("transformers")
 

@@ -7,8 +7,8 @@ from typing import Any
 
 from phasewise.configs.load import load_plan
 from phasewise.configs.plan_schema import PlanConfig
-from phasewise.placement.plan import Plan, make_plan
-from phasewise.placement.problem import Problem, read_problem
+from phasewise.placement.search.plan import Plan, make_plan
+from phasewise.placement.search.problem import Problem, read_problem
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 QUICK = ("search.seeds=2", "search.finalists=1")

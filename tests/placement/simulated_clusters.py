@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 from phasewise.engine.step_time import PiecewiseStepTime, StepCoefficients, StepTime
-from phasewise.placement.deployment import Deployment, replicas
-from phasewise.placement.latency import Limits, Phase, PhaseLatency
-from phasewise.placement.workload import Workload
+from phasewise.placement.latency.phase_latency import Limits, Phase, PhaseLatency
+from phasewise.placement.simulation.deployment import Deployment, replicas
+from phasewise.placement.workload.workload import Workload
 
 STEP = StepCoefficients(
     base_s=0.004,

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 from phasewise.engine.errors import InvalidConfig
-from phasewise.placement.latency import decode_features, prompt_features
+from phasewise.placement.latency.phase_latency import decode_features, prompt_features
 
 from .plan_problems import problem
 

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from phasewise.placement.calibration import read_calibration, write_calibration
-from phasewise.placement.calibration_fit import calibration_load, fit_overheads
-from phasewise.placement.deployment import Deployment, Overheads
-from phasewise.placement.simulated_run import SimulatedRun
-from phasewise.placement.simulator import simulate
-from phasewise.placement.workload import Workload
+from phasewise.placement.simulation.calibration import read_calibration, write_calibration
+from phasewise.placement.simulation.calibration_fit import calibration_load, fit_overheads
+from phasewise.placement.simulation.deployment import Deployment, Overheads
+from phasewise.placement.simulation.run import SimulatedRun
+from phasewise.placement.simulation.simulator import simulate
+from phasewise.placement.workload.workload import Workload
 
 from .simulated_clusters import STEP, pair, requests
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from phasewise.configs.load import load_plan
-from phasewise.placement.calibration import write_calibration
-from phasewise.placement.deployment import Overheads
-from phasewise.placement.problem import read_problem
-from phasewise.placement.step_profile import ProfilePoint, StepProfile, write_profile
+from phasewise.placement.latency.step_profile import ProfilePoint, StepProfile, write_profile
+from phasewise.placement.search.problem import read_problem
+from phasewise.placement.simulation.calibration import write_calibration
+from phasewise.placement.simulation.deployment import Overheads
 
 PLAN = Path(__file__).parents[2] / "configs" / "plan-tiny-cpu.yaml"
 

@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 import numpy as np
 import pytest
 from phasewise.engine.errors import InvalidConfig
-from phasewise.placement.distserve_mirror import MirrorPhase, mirror
-from phasewise.placement.distserve_profile import DistServeCoefficients
-from phasewise.placement.workload import Workload
+from phasewise.placement.latency.distserve_profile import DistServeCoefficients
+from phasewise.placement.recurrences.distserve_mirror import MirrorPhase, mirror
+from phasewise.placement.workload.workload import Workload
 
 # facebook/opt-13b at tensor parallel 2 and 1 on A100-80GB (profiler-a100-80g.distserve.json).
 OPT_13B_TP2 = DistServeCoefficients(

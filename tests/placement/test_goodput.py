@@ -7,14 +7,19 @@ from dataclasses import dataclass, field
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from phasewise.placement import queueing
-from phasewise.placement.goodput import Goodput, GoodputSearch, goodput, mean_interval
-from phasewise.placement.judging import JointJudge, PercentileJudge, counted_rows, unloaded_by
-from phasewise.placement.lengths import Fixed
-from phasewise.placement.simulated_run import StopRule
-from phasewise.placement.simulator import simulate
-from phasewise.placement.slo import SloPolicy, SloTargets, SlowdownTargets
-from phasewise.placement.workload import Workload, WorkloadSpec
+from phasewise.placement.goodput.goodput import Goodput, GoodputSearch, goodput, mean_interval
+from phasewise.placement.goodput.judging import (
+    JointJudge,
+    PercentileJudge,
+    counted_rows,
+    unloaded_by,
+)
+from phasewise.placement.recurrences import queueing
+from phasewise.placement.simulation.run import StopRule
+from phasewise.placement.simulation.simulator import simulate
+from phasewise.placement.workload.lengths import Fixed
+from phasewise.placement.workload.slo import SloPolicy, SloTargets, SlowdownTargets
+from phasewise.placement.workload.workload import Workload, WorkloadSpec
 
 from .simulated_clusters import constant, latency, pair
 

@@ -6,11 +6,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-ROOM = Path(__file__).parents[2] / "placement"
+ROOT = Path(__file__).parents[2]
 
 
 def test_placement_imports_neither_torch_nor_ray() -> None:
-    modules = [f"phasewise.placement.{path.stem}" for path in sorted(ROOM.glob("*.py"))]
+    files = [path.relative_to(ROOT) for path in sorted((ROOT / "placement").rglob("*.py"))]
+    modules = [".".join(["phasewise", *path.with_suffix("").parts]) for path in files]
     assert modules
     code = f"""
 import importlib, sys

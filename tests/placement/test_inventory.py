@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from phasewise.configs.plan_schema import MachineConfig
 from phasewise.engine.errors import InvalidConfig
-from phasewise.placement.inventory import Footprint, MachineType, place, read_inventory
+from phasewise.placement.search.inventory import Footprint, MachineType, place, read_inventory
 
 
 def machines(**keys: int) -> dict[str, MachineType]:

@@ -11,9 +11,25 @@ import numpy as np
 import pytest
 from phasewise.engine.errors import InvalidConfig
 from phasewise.engine.step_time import StepCoefficients, StepFeatures
-from phasewise.placement.fitting import contradicted, fit_coefficients, fit_knots, medians, thinned
-from phasewise.placement.latency import KnotStepTime, NoLatency, decode_features, prompt_features
-from phasewise.placement.step_profile import ProfilePoint, StepProfile, read_profile, write_profile
+from phasewise.placement.latency.fitting import (
+    contradicted,
+    fit_coefficients,
+    fit_knots,
+    medians,
+    thinned,
+)
+from phasewise.placement.latency.phase_latency import (
+    KnotStepTime,
+    NoLatency,
+    decode_features,
+    prompt_features,
+)
+from phasewise.placement.latency.step_profile import (
+    ProfilePoint,
+    StepProfile,
+    read_profile,
+    write_profile,
+)
 
 TRUE = StepCoefficients(
     base_s=5e-3, new_token_s=4e-5, attention_s=2e-9, decode_row_s=1e-5, decode_context_s=3e-8

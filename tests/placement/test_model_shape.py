@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from phasewise.engine.errors import InvalidConfig, UnsupportedModel
-from phasewise.placement.model_shape import read_shape, shape_of
+from phasewise.placement.latency.model_shape import read_shape, shape_of
 
 DATA = Path(__file__).parent / "data"
 

@@ -6,9 +6,9 @@ from math import inf
 
 import numpy as np
 import pytest
-from phasewise.placement.agenda import Agenda
-from phasewise.placement.network import Flow, Flows, Network, Port, fair_rates
-from phasewise.placement.transfer import Link
+from phasewise.placement.latency.transfer import Link
+from phasewise.placement.simulation.agenda import Agenda
+from phasewise.placement.simulation.network import Flow, Flows, Network, Port, fair_rates
 
 Asked = list[tuple[tuple[Port, ...], float]]
 

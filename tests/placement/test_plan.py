@@ -11,10 +11,10 @@ import pytest
 from phasewise.cluster import cli
 from phasewise.configs.load import load_file, load_plan
 from phasewise.configs.schema import ClusterConfig
-from phasewise.placement.problem import read_problem
-from phasewise.placement.provision import options_of, provision
-from phasewise.placement.report import report_html
-from phasewise.placement.search import Search
+from phasewise.placement.report.page import report_html
+from phasewise.placement.search.algorithms import Search
+from phasewise.placement.search.problem import read_problem
+from phasewise.placement.search.provision import options_of, provision
 
 from .plan_problems import CONFIGS, FEW_SHAPES, QUICK, plan, silent
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from phasewise.cluster.bundles import check_room, groups_of
 from phasewise.configs.load import load_cluster
-from phasewise.placement.candidates import parse_placement
-from phasewise.placement.plan_file import cluster_yaml
+from phasewise.placement.report.plan_file import cluster_yaml
+from phasewise.placement.search.candidates import parse_placement
 
 from .plan_problems import plan
 

@@ -6,7 +6,7 @@ from itertools import product
 
 import pytest
 from phasewise.configs.plan_schema import ObjectiveConfig
-from phasewise.placement.provision import Option, provision
+from phasewise.placement.search.provision import Option, provision
 
 GPUS = {"fast": 8, "slow": 16}
 

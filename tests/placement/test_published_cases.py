@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 from phasewise.engine.errors import InvalidConfig
-from phasewise.placement.candidates import Placement, parse_compare, parse_placement
-from phasewise.placement.infeasible import Infeasible, check_config
-from phasewise.placement.plan import make_plan
-from phasewise.placement.problem import Problem
-from phasewise.placement.search import Search
-from phasewise.placement.splitwise_mirror import DESIGNS, with_free_batching
+from phasewise.placement.search.algorithms import Search
+from phasewise.placement.search.candidates import Placement, parse_compare, parse_placement
+from phasewise.placement.search.infeasible import Infeasible, check_config
+from phasewise.placement.search.plan import make_plan
+from phasewise.placement.search.problem import Problem
+from phasewise.placement.search.splitwise_mirror import DESIGNS, with_free_batching
 
 from .plan_problems import plan, problem, silent
 

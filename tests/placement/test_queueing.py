@@ -6,8 +6,8 @@ from math import inf
 
 import numpy as np
 import pytest
-from phasewise.placement import queueing
-from phasewise.placement.arrivals import poisson
+from phasewise.placement.recurrences import queueing
+from phasewise.placement.workload.arrivals import poisson
 
 
 def simulated_mean_s(service_s: list[float], rate_rps: float, seed: int) -> float:

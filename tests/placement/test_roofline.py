@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 from phasewise.engine.errors import InvalidConfig
 from phasewise.engine.step_time import StepFeatures
-from phasewise.placement.hardware import PAPER, SHEETS, hardware_names, read_hardware
-from phasewise.placement.latency import NoLatency, decode_features, prompt_features
-from phasewise.placement.model_shape import ModelShape, shape_of
-from phasewise.placement.roofline import RooflineLatency, all_reduce_s
+from phasewise.placement.latency.hardware import PAPER, SHEETS, hardware_names, read_hardware
+from phasewise.placement.latency.model_shape import ModelShape, shape_of
+from phasewise.placement.latency.phase_latency import NoLatency, decode_features, prompt_features
+from phasewise.placement.latency.roofline import RooflineLatency, all_reduce_s
 
 LLAMA_8B = shape_of(
     {

@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 from phasewise.configs.load import load_plan
 from phasewise.engine.errors import InvalidConfig
-from phasewise.placement.infeasible import Infeasible, check_config
-from phasewise.placement.phase_search import PhaseSearch
-from phasewise.placement.plan import make_plan
-from phasewise.placement.problem import read_problem
-from phasewise.placement.search import Search
-from phasewise.placement.units import bundles_of
+from phasewise.placement.search.algorithms import Search
+from phasewise.placement.search.infeasible import Infeasible, check_config
+from phasewise.placement.search.phase_search import PhaseSearch
+from phasewise.placement.search.plan import make_plan
+from phasewise.placement.search.problem import read_problem
+from phasewise.placement.search.units import bundles_of
 
 from .plan_problems import plan, problem, silent, written
 

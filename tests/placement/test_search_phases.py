@@ -5,16 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from phasewise.engine.step_time import StepCoefficients
-from phasewise.placement.latency import Limits, Phase, PhaseLatency
-from phasewise.placement.phase_times import (
-    PoolLimits,
-    PromptCosts,
-    RowCosts,
-    decode_end_s,
-    prefill_end_s,
-    steps_to,
-)
-from phasewise.placement.queueing import mean_ttft_pipeline_s, mean_ttft_s
+from phasewise.placement.latency.phase_latency import Limits, Phase, PhaseLatency
+from phasewise.placement.latency.step_costs import PromptCosts, RowCosts, steps_to
+from phasewise.placement.recurrences.phase_times import PoolLimits, decode_end_s, prefill_end_s
+from phasewise.placement.recurrences.queueing import mean_ttft_pipeline_s, mean_ttft_s
 
 N = 60_000
 

@@ -7,15 +7,15 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from phasewise.engine.step_time import StepCoefficients, StepFeatures
-from phasewise.placement.candidates import parse_placement
-from phasewise.placement.colocated import outcome
-from phasewise.placement.deployment import Overheads, WorkerModel
-from phasewise.placement.phase_search import PhaseSearch
-from phasewise.placement.problem import Problem
-from phasewise.placement.served_steps import in_service, prefill_stretch, seen_by
-from phasewise.placement.simulated_stages import Stages
-from phasewise.placement.simulator import simulate
-from phasewise.placement.verify import deployment_of
+from phasewise.placement.recurrences.served_steps import in_service, prefill_stretch, seen_by
+from phasewise.placement.search.candidates import parse_placement
+from phasewise.placement.search.colocated import outcome
+from phasewise.placement.search.phase_search import PhaseSearch
+from phasewise.placement.search.problem import Problem
+from phasewise.placement.search.verify import deployment_of
+from phasewise.placement.simulation.deployment import Overheads, WorkerModel
+from phasewise.placement.simulation.simulator import simulate
+from phasewise.placement.simulation.stages import Stages
 
 from .plan_problems import problem
 from .simulated_clusters import latency

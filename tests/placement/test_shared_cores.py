@@ -6,10 +6,10 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from phasewise.placement.deployment import Deployment, Overheads
-from phasewise.placement.simulated_cores import HOME_SHARE
-from phasewise.placement.simulator import simulate
-from phasewise.placement.workload import Workload
+from phasewise.placement.simulation.cores import HOME_SHARE
+from phasewise.placement.simulation.deployment import Deployment, Overheads
+from phasewise.placement.simulation.simulator import simulate
+from phasewise.placement.workload.workload import Workload
 
 from .simulated_clusters import STEP, constant, pair, requests
 

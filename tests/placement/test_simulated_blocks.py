@@ -6,7 +6,7 @@ import random
 
 import pytest
 from phasewise.engine.blocks import BlockAllocator
-from phasewise.placement.simulated_blocks import CountedBlocks, blocks_of
+from phasewise.placement.simulation.blocks import CountedBlocks, blocks_of
 
 from .simulated_clusters import pair
 

@@ -13,16 +13,16 @@ from phasewise.configs.load import load_cluster
 from phasewise.engine.batch import Batch, StepOutput
 from phasewise.engine.blocks import BlockAllocator
 from phasewise.engine.step_time import features_of
-from phasewise.placement.hardware import read_hardware
-from phasewise.placement.network import Network
-from phasewise.placement.roofline import RooflineLatency
-from phasewise.placement.simulated_run import SimulatedRun
-from phasewise.placement.simulated_sequence import SequenceMaker
-from phasewise.placement.simulator import simulate
-from phasewise.placement.traces import PrefixHashes, read_trace
-from phasewise.placement.transfer import Link
-from phasewise.placement.twin import shape_of_cluster, twin_of
-from phasewise.placement.workload import Workload, WorkloadSpec
+from phasewise.placement.latency.hardware import read_hardware
+from phasewise.placement.latency.roofline import RooflineLatency
+from phasewise.placement.latency.transfer import Link
+from phasewise.placement.simulation.network import Network
+from phasewise.placement.simulation.run import SimulatedRun
+from phasewise.placement.simulation.sequence import SequenceMaker
+from phasewise.placement.simulation.simulator import simulate
+from phasewise.placement.simulation.twin import shape_of_cluster, twin_of
+from phasewise.placement.workload.traces import PrefixHashes, read_trace
+from phasewise.placement.workload.workload import Workload, WorkloadSpec
 from phasewise.prefill_worker.scheduler import PrefillLimits, PrefillScheduler
 
 from .simulated_clusters import STEP, at, pair

@@ -9,15 +9,15 @@ from typing import Any
 import numpy as np
 import pytest
 from phasewise.engine.errors import InvalidConfig
-from phasewise.placement import queueing
-from phasewise.placement.deployment import Deployment, Failure, Overheads, replicas
-from phasewise.placement.distserve_mirror import MirrorPhase, mirror
-from phasewise.placement.distserve_profile import DistServeLatency, read_distserve_profile
-from phasewise.placement.network import Network
-from phasewise.placement.simulated_run import SimulatedRun, StopRule
-from phasewise.placement.simulator import Simulator, simulate
-from phasewise.placement.traces import PrefixHashes
-from phasewise.placement.transfer import Link, layerwise
+from phasewise.placement.latency.distserve_profile import DistServeLatency, read_distserve_profile
+from phasewise.placement.latency.transfer import Link, layerwise
+from phasewise.placement.recurrences import queueing
+from phasewise.placement.recurrences.distserve_mirror import MirrorPhase, mirror
+from phasewise.placement.simulation.deployment import Deployment, Failure, Overheads, replicas
+from phasewise.placement.simulation.network import Network
+from phasewise.placement.simulation.run import SimulatedRun, StopRule
+from phasewise.placement.simulation.simulator import Simulator, simulate
+from phasewise.placement.workload.traces import PrefixHashes
 
 from .simulated_clusters import STEP, at, constant, pair, requests
 

@@ -8,13 +8,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from phasewise.placement.deployment import Deployment, Failure, Overheads
-from phasewise.placement.network import Network
-from phasewise.placement.simulated_run import SimulatedRun
-from phasewise.placement.simulator import Simulator
-from phasewise.placement.traces import PrefixHashes
-from phasewise.placement.transfer import Link
-from phasewise.placement.workload import Workload
+from phasewise.placement.latency.transfer import Link
+from phasewise.placement.simulation.deployment import Deployment, Failure, Overheads
+from phasewise.placement.simulation.network import Network
+from phasewise.placement.simulation.run import SimulatedRun
+from phasewise.placement.simulation.simulator import Simulator
+from phasewise.placement.workload.traces import PrefixHashes
+from phasewise.placement.workload.workload import Workload
 
 from .simulated_clusters import pair, requests
 

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 from phasewise.engine.errors import InvalidConfig
-from phasewise.placement import slo
-from phasewise.placement.slo import SloTargets
+from phasewise.placement.workload import slo
+from phasewise.placement.workload.slo import SloTargets
 
 TARGETS = SloTargets(ttft_s=0.25, tpot_s=0.1)
 TTFT = np.array([0.1, 0.2, 0.3, 0.1, np.nan])

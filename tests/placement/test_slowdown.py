@@ -7,12 +7,12 @@ from typing import Any
 import numpy as np
 import pytest
 from phasewise.engine.errors import InvalidConfig
-from phasewise.placement.judging import PercentileJudge
-from phasewise.placement.lengths import Fixed
-from phasewise.placement.phase_judge import SlowdownRows
-from phasewise.placement.slo import SlowdownTargets
-from phasewise.placement.slowdown import parse_slowdown, policy_of
-from phasewise.placement.workload import Workload, WorkloadSpec
+from phasewise.placement.goodput.judging import PercentileJudge
+from phasewise.placement.goodput.slowdown import parse_slowdown, policy_of
+from phasewise.placement.recurrences.phase_judge import SlowdownRows
+from phasewise.placement.workload.lengths import Fixed
+from phasewise.placement.workload.slo import SlowdownTargets
+from phasewise.placement.workload.workload import Workload, WorkloadSpec
 
 SECTION = {"reference": "a100", "ttft": {"p50": 2, "p90": 3}, "tpot": {"p90": 1.5, "p99": 5}}
 SPEC = WorkloadSpec(

@@ -7,16 +7,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 from phasewise.engine.errors import InvalidConfig
-from phasewise.placement import tables
-from phasewise.placement.distserve_profile import (
+from phasewise.placement.latency import tables
+from phasewise.placement.latency.distserve_profile import (
     DistServeLatency,
     read_distserve_profile,
     read_max_num_tokens,
 )
-from phasewise.placement.fitting import fit_knots, medians
-from phasewise.placement.hardware import read_hardware
-from phasewise.placement.latency import NoLatency, decode_features, prompt_features
-from phasewise.placement.roofline import all_reduce_s
+from phasewise.placement.latency.fitting import fit_knots, medians
+from phasewise.placement.latency.hardware import read_hardware
+from phasewise.placement.latency.phase_latency import NoLatency, decode_features, prompt_features
+from phasewise.placement.latency.roofline import all_reduce_s
 
 DATA = Path(__file__).parent / "data"
 SPLITWISE = DATA / "splitwise_perf_model.csv.gz"

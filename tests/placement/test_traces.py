@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from phasewise.engine.errors import InvalidConfig
-from phasewise.placement.traces import read_trace
+from phasewise.placement.workload.traces import read_trace
 
 DATA = Path(__file__).parent / "data"
 AZURE = "TIMESTAMP,ContextTokens,GeneratedTokens\n"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from phasewise.placement.transfer import Link, faster_mode, layerwise, serialized
+from phasewise.placement.latency.transfer import Link, faster_mode, layerwise, serialized
 
 
 def sent_layer_by_layer(layers: int, layer_s: float, prefill_s: float) -> float:

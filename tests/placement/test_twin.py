@@ -9,14 +9,14 @@ import pytest
 from phasewise.cluster.resources import worker_specs
 from phasewise.configs.load import load_cluster
 from phasewise.engine.errors import InvalidConfig
-from phasewise.placement.calibration import read_calibration
-from phasewise.placement.hardware import read_hardware
-from phasewise.placement.judging import JointJudge
-from phasewise.placement.roofline import RooflineLatency
-from phasewise.placement.simulator import simulate
-from phasewise.placement.slo import SloPolicy, SloTargets
-from phasewise.placement.twin import shape_of_cluster, twin_of
-from phasewise.placement.twin_report import report
+from phasewise.placement.goodput.judging import JointJudge
+from phasewise.placement.latency.hardware import read_hardware
+from phasewise.placement.latency.roofline import RooflineLatency
+from phasewise.placement.report.twin_report import report
+from phasewise.placement.simulation.calibration import read_calibration
+from phasewise.placement.simulation.simulator import simulate
+from phasewise.placement.simulation.twin import shape_of_cluster, twin_of
+from phasewise.placement.workload.slo import SloPolicy, SloTargets
 
 from .simulated_clusters import requests
 

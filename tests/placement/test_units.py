@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 from phasewise.cluster import cli
-from phasewise.placement.candidates import Placement, Pool, parse_compare
-from phasewise.placement.problem import Problem
-from phasewise.placement.search import Search
-from phasewise.placement.units import bundles_of, most_units, nodes_of_unit, segments_of
-from phasewise.placement.verify import deployment_of
+from phasewise.placement.search.algorithms import Search
+from phasewise.placement.search.candidates import Placement, Pool, parse_compare
+from phasewise.placement.search.problem import Problem
+from phasewise.placement.search.units import bundles_of, most_units, nodes_of_unit, segments_of
+from phasewise.placement.search.verify import deployment_of
 
 from .plan_problems import CONFIGS, config, problem, silent
 

@@ -8,13 +8,13 @@ from dataclasses import replace
 import pytest
 from phasewise.cluster import cli
 from phasewise.engine.errors import InvalidConfig
-from phasewise.placement.candidates import Judged, parse_placement
-from phasewise.placement.deployment import Overheads
-from phasewise.placement.infeasible import Infeasible
-from phasewise.placement.plan import make_plan
-from phasewise.placement.problem import Problem
-from phasewise.placement.search import Search
-from phasewise.placement.verify import MOST_STEPS, STEP, verify
+from phasewise.placement.search.algorithms import Search
+from phasewise.placement.search.candidates import Judged, parse_placement
+from phasewise.placement.search.infeasible import Infeasible
+from phasewise.placement.search.plan import make_plan
+from phasewise.placement.search.problem import Problem
+from phasewise.placement.search.verify import MOST_STEPS, STEP, verify
+from phasewise.placement.simulation.deployment import Overheads
 
 from .plan_problems import CONFIGS, plan, problem, silent
 

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 from phasewise.engine.errors import InvalidConfig
-from phasewise.placement import arrivals
-from phasewise.placement.lengths import fit_lognormal, lognormal_from_mean
-from phasewise.placement.workload import Workload, parse_workload
+from phasewise.placement.workload import arrivals
+from phasewise.placement.workload.lengths import fit_lognormal, lognormal_from_mean
+from phasewise.placement.workload.workload import Workload, parse_workload
 
 DATA = Path(__file__).parent / "data"
 FIXED = {"prompt": 4000, "output": 500}

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 from phasewise.cluster import cli, processes
-from phasewise.placement.step_profile import ProfilePoint, StepProfile, write_profile
+from phasewise.placement.latency.step_profile import ProfilePoint, StepProfile, write_profile
 from phasewise.tests.placement.plan_problems import written
 from phasewise.tests.serving.launched import ROOT, Launched
 from transformers import AutoModelForCausalLM
