@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import time
 from collections.abc import Callable
 
 import grpc
@@ -60,6 +61,7 @@ class AdminService(AdminServicer):
             failovers=self._metrics.failovers,
             local_prefills=self._metrics.local_prefills,
             pid=os.getpid(),
+            cpu_s=time.process_time(),
             vocab_size=self._served.vocab_size,
         )
         return pb.ClusterStatus(gateway=gateway, workers=await self._fleet.status())

@@ -26,6 +26,7 @@ COMMANDS = {  # a module of `commands/` each
     "status": "show a running cluster: its workers, blocks and requests",
     "bench": "offer load to a running cluster: latency, attainment, goodput",
     "profile": "measure step times on the hardware at hand",
+    "calibrate": "measure what a running cluster spends outside steps, for simulate and plan",
     "simulate": "the digital twin of a cluster file: latencies and attainment",
 }
 

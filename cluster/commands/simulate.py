@@ -75,7 +75,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--calibration",
         type=Path,
         metavar="FILE",
-        help="what a live cluster spends outside steps (default: nothing)",
+        help="what a live cluster spends outside steps, of `phasewise calibrate` (default: none)",
     )
     parser.add_argument(
         "--find-goodput",
@@ -123,7 +123,7 @@ def read_task(args: argparse.Namespace) -> Task:
     calibration = read_calibration(args.calibration) if args.calibration else None
     deployment = twin_of(
         config,
-        _source(args, config),
+        source_of(config, args.profile, args.hardware),
         network=_network(args, calibration),
         overheads=calibration.overheads if calibration else None,
     )
@@ -234,22 +234,25 @@ def print_report(console: Console, task: Task, found: TwinReport, goodputs: list
         )
 
 
-def _source(args: argparse.Namespace, config: ClusterConfig) -> LatencySource | None:
-    """None where neither is given: a paced cluster names its own."""
+def source_of(
+    config: ClusterConfig, measured: Path | None, hardware: str | None
+) -> LatencySource | None:
+    """Step times from a profile or a sheet. None where neither is given: a paced cluster names its
+    own. Raises InvalidConfig for a profile of another model."""
     if "paced" in (config.prefill.device, config.decode.device):
-        if args.profile or args.hardware:
+        if measured or hardware:
             raise InvalidConfig(
                 "--profile, --hardware",
                 f"a paced cluster's steps take the times of {config.paced.hardware}",
                 "leave them out, or set paced.hardware",
             )
         return None
-    if args.profile is not None:
-        profile = read_profile(args.profile)
+    if measured is not None:
+        profile = read_profile(measured)
         profile.require(model=config.model.path.name)
         return profile
-    if args.hardware is not None:
-        sheet = read_hardware(args.hardware, where="--hardware")
+    if hardware is not None:
+        sheet = read_hardware(hardware, where="--hardware")
         return RooflineLatency(shape=shape_of_cluster(config), hardware=sheet)
     return None
 

@@ -48,7 +48,7 @@ def read_calibration(path: str | Path) -> Calibration:
         raise InvalidConfig(str(path), f"cannot be read: {error}", "give a JSON file") from error
     if not isinstance(document, dict) or document.get("format") != FORMAT:
         raise InvalidConfig(
-            str(path), f"not of format {FORMAT}", "see placement/simulation/calibration.py"
+            str(path), f"not of format {FORMAT}", "write one with phasewise calibrate"
         )
     unknown = document.keys() - {"format", "origin", *OVERHEADS, *PLAIN, *TRANSFER}
     if unknown:
