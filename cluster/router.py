@@ -184,12 +184,13 @@ class Router:
             if isinstance(outcome, pb.Finished):
                 _finish(stream, outcome)
                 return
-            error = _error(outcome, stream.workers[-1])
+            at_fault = _at_fault(outcome, stream)
+            error = _error(outcome, at_fault)
             if not isinstance(error, (Unavailable, Overloaded)):
                 break
             if self._has_all_tokens(stream):
                 return
-            avoid.add(stream.workers[-1])
+            avoid.add(at_fault)
         stream.fail(error or Unavailable("no attempt was made"))
 
     def _request(self, stream: TokenStream, attempt: int) -> Request:
@@ -271,7 +272,7 @@ class Router:
                 return await self._run(
                     route.decode, stream, lambda link: link.submit(stream, message, None)
                 )
-            target = _transfer_address(route.decode)
+            target, receiver = _transfer_address(route.decode), route.decode.peer
             with route.prefill.holding(num_tokens):
                 handoff = await self._run(
                     route.prefill, stream, lambda link: link.submit(stream, message, target)
@@ -279,9 +280,9 @@ class Router:
             if not isinstance(handoff, pb.Handoff):
                 return handoff
             self._take_first(stream, handoff)
-            decode = self._receiver(request, route, handoff)
+            decode = self._receiver(request, route, handoff, receiver)
             if decode is None:
-                return Lost(reason="the decode worker left before the handoff")
+                return Lost(reason="it left before the handoff", worker=receiver)
             if decode is not route.decode:
                 held.enter_context(decode.holding(num_tokens))
             return await self._run(
@@ -297,11 +298,14 @@ class Router:
         if stream.is_complete:
             stream.finish(FinishReason.LENGTH)
 
-    def _receiver(self, request: Request, route: Route, handoff: pb.Handoff) -> Worker | None:
-        """Who decodes: the worker that granted blocks, or whoever is best now. None: nobody can,
-        and the KV, if any is left, ends with its lease."""
+    def _receiver(
+        self, request: Request, route: Route, handoff: pb.Handoff, asked: str
+    ) -> Worker | None:
+        """Who decodes: the worker that granted blocks, as the incarnation that was `asked` to, or
+        whoever is best now. None: nobody can, and the KV, if any is left, ends with its lease."""
         if handoff.granted:
-            return route.decode if route.decode.state in ("ready", "draining") else None
+            is_there = route.decode.state in ("ready", "draining") and route.decode.peer == asked
+            return route.decode if is_there else None
         try:
             return self._choose("decode", self._decode_policy, request, route.names, set())
         except Unavailable:
@@ -359,6 +363,12 @@ def _finish(stream: TokenStream, finished: pb.Finished) -> None:
     stream.transfer_s = finished.transfer_s
     stream.preemptions += finished.preemptions
     stream.finish(FinishReason(finished.reason))
+
+
+def _at_fault(outcome: Outcome, stream: TokenStream) -> str:
+    """Whose failure an attempt's was."""
+    lost = outcome.worker if isinstance(outcome, Lost) else ""
+    return lost or stream.workers[-1]
 
 
 def _error(outcome: Outcome, worker: str) -> PhasewiseError:

@@ -47,6 +47,7 @@ class Lost:
     """The worker can say no more about this slot."""
 
     reason: str
+    worker: str = ""  # who was lost, where that is not who was asked last
 
 
 Outcome = pb.Handoff | pb.Finished | pb.Failed | Lost

@@ -205,6 +205,7 @@ class Inbox:
             self._granted.discard(incoming.lease)
             self._refused.discard(incoming.lease)
             self.scheduler.unlease(blocks)
+            self.kv.discard(incoming.source, incoming.lease)
             if self._forget(incoming.lease) is not None:
                 self._lose(incoming.sequence, str(error))
 

@@ -10,7 +10,7 @@ import contextlib
 import os
 import secrets
 import socket
-from collections import deque
+from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,6 +21,7 @@ from .contact import Contact, drop_contact
 from .events import PeerRefused, TransferConfig
 from .fit import Fit, Held, holds_of
 from .handshake import CONTROL, DATA, TOKEN_BYTES, Hello, Received
+from .listener import Listener
 from .memory import KVMemory
 from .messages import MalformedFrame
 from .shm import peer_pidfd, peer_uid
@@ -51,34 +52,24 @@ class Caller:
         self._numbers = 0
         self._latest: dict[str, int] = {}  # newest incarnation met, by name
         self._tokens: dict[bytes, asyncio.Future[socket.socket]] = {}
-        self._listening: list[socket.socket] = []
+        self.counters: Counter[str] = Counter()
+        self._listener = Listener(worker.name, self._pick_up, self.counters)
         self._answering: set[asyncio.Task[None]] = set()
         self.contacts: deque[Contact] = deque()  # from answered calls
         self.answered = asyncio.Event()  # a contact was added
-        self.hung_up = 0  # calls that were no peer's
 
     def listen(self) -> TransferAddress:
         """Open the ports that the configuration allows."""
-        loop = asyncio.get_running_loop()
         shm = tcp = ""
         if any(way in NEIGHBOUR for way in self.ways):
-            shm = f"phasewise-{self._worker.name}-{os.getpid()}-{secrets.token_hex(6)}"
-            sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
-            self._listening.append(sock)
-            sock.bind("\0" + shm)
+            shm = self._listener.bind_unix()
         if any(way not in NEIGHBOUR for way in self.ways):
-            sock = socket.socket(socket.AF_INET, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
-            self._listening.append(sock)
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, SOCKET_BUFFER)
-            sock.bind((self._config.host, 0))
-            tcp = f"{self._config.host}:{sock.getsockname()[1]}"
+            tcp = self._listener.bind_tcp(self._config.host)
         if any(way in GROUP for way in self.ways):
             from ..engine.shard import serve_store
 
             self._store = serve_store(self._config.host, max(map(self._meeting_s, self.ways)))
-        for sock in self._listening:
-            sock.listen(64)
-            loop.add_reader(sock, self._pick_up, sock)
+        self._listener.listen()
         return TransferAddress(
             worker=self._worker,
             host_id=host_id(),
@@ -113,11 +104,7 @@ class Caller:
 
     async def close(self) -> None:
         """Listen no longer; calls that are being answered are dropped."""
-        loop = asyncio.get_running_loop()
-        for sock in self._listening:
-            loop.remove_reader(sock)
-            sock.close()
-        self._listening.clear()
+        self._listener.close()
         self._store = None
         self._meetings.shutdown(wait=False, cancel_futures=True)
         for task in list(self._answering):
@@ -241,7 +228,11 @@ class Caller:
     def _neighbour(self, number: int, sock: socket.socket, received: Received, fit: Fit) -> Contact:
         hello = received.hello
         memory = self._map(received)
-        pidfd = peer_pidfd(sock)
+        try:
+            pidfd = peer_pidfd(sock)
+        except OSError:
+            memory.close()
+            raise
         self._latest[hello.worker.name] = hello.worker.incarnation
         return Contact(
             number=number,
@@ -272,16 +263,11 @@ class Caller:
                 "checkpoint in the same dtype on both, in block sizes that divide one another"
             ) from None
 
-    def _pick_up(self, listening: socket.socket) -> None:
-        try:
-            sock, _ = listening.accept()
-        except (BlockingIOError, ConnectionAbortedError):
-            return
+    def _pick_up(self, sock: socket.socket) -> None:
         if len(self._answering) >= _MAX_PENDING:
-            self.hung_up += 1
+            self.counters["call refused"] += 1
             sock.close()
             return
-        sock.setblocking(False)
         task = asyncio.get_running_loop().create_task(self._answer(sock))
         self._answering.add(task)
         task.add_done_callback(self._answering.discard)
@@ -298,7 +284,7 @@ class Caller:
                     await self._answer_control(sock, limit)
                     kept = True
         except (MalformedFrame, PeerRefused, OSError, ValueError, TimeoutError):
-            self.hung_up += 1
+            self.counters["call refused"] += 1
         finally:
             if not kept:
                 sock.close()

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import zlib
-from collections import Counter, deque
+from collections import deque
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from typing import Any
 
@@ -18,12 +18,12 @@ from ..engine.layout import KVLayout
 from ..engine.request import TransferAddress, WorkerId
 from .copier import Cancel
 from .digest import checksum_of
+from .discards import Discards
 from .events import (
     Asked,
     Ended,
     Outcome,
     PairStatus,
-    PeerRefused,
     PeerUnavailable,
     Released,
     Side,
@@ -37,7 +37,7 @@ from .lease_messages import heard
 from .lease_receiver import ReceiverTable
 from .lease_sender import SenderTable
 from .memory import KVMemory
-from .messages import Discard, Message
+from .messages import Discard, Discarded, Message
 from .outgoing import Outgoing
 from .pair import Life, Pair
 from .switchboard import Copied, Gone, Heard, Notice, Switchboard, Took
@@ -73,7 +73,9 @@ class KVEndpoint:
         self._heart = Heart(config, self._senders, self._receivers, self._board, self._perform)
         self._numbers = itertools.count(1)
         self._asks: dict[int, asyncio.Future[bool]] = {}
+        self._calling: set[int] = set()  # leases to fetch, whose peer is not reached yet
         self._outgoing = Outgoing(layout, memory, config, self._senders, self._board)
+        self._discards = Discards(self._board, config)
         self._events: asyncio.Queue[Asked | Ended | Released | None] = asyncio.Queue()
         self._tasks: set[asyncio.Task[None]] = set()
         self._ticker: asyncio.Task[None] | None = None
@@ -133,14 +135,14 @@ class KVEndpoint:
             now_s, extent = self._loop.time(), pair.fit.out.extent
             about = (pair.number, pair.peer, lease, num_blocks, now_s, names, num_tokens, extent)
             self._perform(self._senders.ask(*about))
-            async with asyncio.timeout(self._config.answer_s):
-                return await answer
+            await asyncio.wait([answer], timeout=self._config.answer_s)
+            if answer.done():  # be it that its time is up as well, on a loop that was held up
+                return answer.result()
+            self._board.counters["ask not answered"] += 1
+            return False
         except asyncio.CancelledError:
             self.abort(lease)  # it may be granted already
             raise
-        except TimeoutError:
-            self._board.counters["ask not answered"] += 1
-            return False
         finally:
             self._asks.pop(lease, None)
             self._perform(self._senders.withdraw(lease))  # of no effect once answered
@@ -195,26 +197,23 @@ class KVEndpoint:
         """Fetch parked KV into `blocks`, all but its first `skip` blocks. `digest`:
         `token_digest` of all the tokens expected.
 
-        Exactly one Ended follows; aborted if the peer does not hold the lease. Raises as
-        `connect`, and then the blocks are still the caller's.
+        Exactly one Ended follows; aborted if the peer does not hold the lease. What fails is
+        discarded. Raises as `connect`, and then the blocks are still the caller's.
         """
         self._check(blocks)
-        pair = await self._board.reach(peer)
+        self._calling.add(lease)
+        try:
+            pair = await self._board.reach(peer)
+            if lease not in self._calling:
+                raise PeerUnavailable(f"lease {lease} was given up")
+        finally:
+            self._calling.discard(lease)
         if self._receivers.get(lease) is not None:
             raise PeerUnavailable(f"lease {lease} is still being revoked here")
-        self._perform(
-            self._receivers.fetch(
-                pair.number,
-                pair.peer,
-                lease,
-                tuple(blocks),
-                digest,
-                pair.reader is not None,
-                self._loop.time(),
-                skip,
-                pair.fit.into.extent,
-            )
-        )
+        self._discards.fetching(peer, lease)
+        writes_here, extent = pair.reader is not None, pair.fit.into.extent
+        now_s, about = self._loop.time(), (lease, tuple(blocks), digest, writes_here)
+        self._perform(self._receivers.fetch(pair.number, pair.peer, *about, now_s, skip, extent))
 
     def answer(self, asked: Asked, blocks: Sequence[int] | None, skip: int = 0) -> bool:
         """Grant `asked.num_blocks - skip` blocks, or None for no room. The first `skip` are here.
@@ -238,23 +237,16 @@ class KVEndpoint:
     def discard(self, peer: TransferAddress, lease: int) -> None:
         """Nobody will fetch what `peer` parked under `lease`: its blocks may be free at once.
 
-        Of no effect on a lease that was granted. A peer that cannot be reached is left alone:
-        what it parked expires by itself.
+        Of no effect on a lease that was granted. A peer that cannot be reached hears it later.
         """
-        self._spawn(self._discard(peer, lease))
-
-    async def _discard(self, peer: TransferAddress, lease: int) -> None:
-        try:
-            pair = await self._board.reach(peer)
-        except (PeerUnavailable, PeerRefused):
-            self._board.counters["discard not delivered"] += 1
-            return
-        self._board.send(pair, Discard(lease))
+        self._discards.add(peer, lease)
 
     # Both
 
     def abort(self, lease: int) -> None:
-        """Give a lease up, on whichever side this is; unknown or ended ones are ignored."""
+        """Give a lease up, on whichever side this is; unknown or ended ones are ignored. A `grant`
+        that has not reached its peer yet raises PeerUnavailable."""
+        self._calling.discard(lease)
         reason = f"aborted by {self.worker}"
         self._perform(self._senders.abort(lease, Outcome.ABORTED, reason))
         self._perform(self._receivers.abort(lease, Outcome.ABORTED, reason))
@@ -277,8 +269,7 @@ class KVEndpoint:
 
     def counters(self) -> dict[str, int]:
         """How often messages were refused and connections failed, by name, since the start."""
-        refused = self._senders.refused + self._receivers.refused + self._board.counters
-        return dict(refused + Counter({"call refused": self._board.hung_up}))
+        return dict(self._senders.refused + self._receivers.refused + self._board.counters)
 
     async def close(self) -> None:
         """End live leases as aborted and let go of every thread, socket and mapping."""
@@ -287,6 +278,7 @@ class KVEndpoint:
         self._closed = True
         for lease in {*self._senders.leases(), *self._receivers.leases()}:
             self.abort(lease)
+        await self._discards.close()
         await self._board.close(_CLOSE_S)
         for task in filter(None, (self._ticker, *self._tasks)):
             task.cancel()
@@ -305,12 +297,23 @@ class KVEndpoint:
                 drained = pair.peer_is_out
                 self._perform(self._receivers.lost(pair.number, reason, drained=drained))
                 self._perform(self._senders.lost(pair.number, reason))
+                self._discards.pair_lost(pair.peer)
             case Copied(pair, what, lease, checksum):
                 self._on_copied(pair, what, lease, checksum)
 
     def _on_message(self, pair: Pair, message: Message) -> None:
-        now_s = self._loop.time()
-        self._perform(heard(pair, message, self._senders, self._receivers, now_s))
+        match message:
+            case Discard():
+                self._on_discard(message)
+                self._board.send(pair, Discarded(message.lease))
+            case Discarded(lease):
+                self._discards.taken(pair.peer, lease)
+            case _:
+                now_s, tables = self._loop.time(), (self._senders, self._receivers)
+                self._perform(heard(pair, message, *tables, now_s))
+
+    def _on_discard(self, message: Discard) -> None:
+        self._perform(self._senders.on_discard(message))
 
     def _on_copied(self, pair: Pair, what: str, lease: int, checksum: int | None) -> None:
         if what == "finished":
@@ -377,8 +380,7 @@ class KVEndpoint:
         pair = self._board.pairs.get(action.pair)
         if pair is None:  # it ended, and the lease with it
             return
-        arguments = (self._memory, pair.fit.into, action.units)
-        total = await asyncio.to_thread(checksum_of, *arguments)
+        total = await asyncio.to_thread(checksum_of, self._memory, pair.fit.into, action.units)
         equal = total == action.checksum
         now_s = self._loop.time()
         self._perform(self._receivers.verified(action.lease, action.generation, equal, now_s))
@@ -390,6 +392,8 @@ class KVEndpoint:
     def _note(self, ended: Ended) -> None:
         if ended.side is Side.SENDER:
             self._outgoing.forget(ended.lease)
+        else:
+            self._discards.fetch_ended(ended)
         for pair in self._board.pairs.values():
             if pair.peer == ended.peer and pair.life is not Life.CLOSED:
                 pair.note(ended)

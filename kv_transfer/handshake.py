@@ -23,7 +23,7 @@ from .fit import Fit, Held, Holds, held, meet
 from .memory import PoolMemory
 from .messages import HEAD, MalformedFrame, check_body, framed
 
-PROTOCOL = 4
+PROTOCOL = 5
 CONTROL, DATA = b"PWKC", b"PWKD"
 TOKEN_BYTES = 16
 _MAX_HELLO = 1 << 14

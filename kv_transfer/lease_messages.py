@@ -13,7 +13,6 @@ from .messages import (
     Ask,
     Beat,
     Committed,
-    Discard,
     Grant,
     Message,
     Refuse,
@@ -41,8 +40,6 @@ def heard(
             return receivers.on_sent(number, message, now_s)
         case Committed():
             return senders.on_committed(number, message, now_s)
-        case Discard():
-            return senders.on_discard(message)
         case Abort() if message.from_sender:
             return receivers.on_abort(number, message)
         case Abort():
@@ -51,4 +48,4 @@ def heard(
             ended = receivers.on_beat(number, message, now_s)
             return [*ended, *senders.on_beat(number, message)]
         case _:
-            raise AssertionError(f"{message} is the switchboard's")
+            raise AssertionError(f"{message} is not a lease table's")

@@ -12,11 +12,15 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ..engine.request import TransferAddress
-from .events import Asked, Ended, Outcome, Released, Side
+from .events import Asked, Ended, Outcome, PeerUnavailable, Released, Side
 
 Event = Asked | Ended | Released
 SEVERAL = 0  # as the number of the pair by which an ask came
 STALE_S = 10.0  # asks that not every part has brought are dropped after this
+
+
+class PartSilent(PeerUnavailable):
+    """A part has not said in time whether it has begun: it may, or may still do so."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -30,6 +34,7 @@ class PartedLease:
     source: TransferAddress | None = None  # where it is fetched from
     ended: dict[int, Ended] = field(default_factory=dict)
     unreleased: set[int] = field(default_factory=set)  # failed, and may still be written to
+    unfetched: set[int] = field(default_factory=set)  # sure to hold nothing of it
     is_told: bool = False
 
 
@@ -75,29 +80,42 @@ class LeaseParts:
 
     def _began(self, lease: int, side: Side, results: dict[int, object]) -> bool:
         failed = [part for part, result in results.items() if _is_failure(result)]
-        if len(failed) == len(results):
+        silent = {part for part in failed if isinstance(results[part], PartSilent)}
+        if len(failed) == len(results) and not silent:
             self.forget(lease, side)
             errors = [result for result in results.values() if isinstance(result, BaseException)]
             if errors:
                 raise errors[0]
             return False
         for part in failed:
-            self.never_began(part, lease, side)
+            self.never_began(part, lease, side, is_known=part not in silent)
         return True
 
-    def never_began(self, part: int, lease: int, side: Side) -> None:
-        """This part has nothing of a lease that others have: it ends for all."""
+    def never_began(self, part: int, lease: int, side: Side, *, is_known: bool = True) -> None:
+        """This part has nothing of a lease that others have: it ends for all. Where that is not
+        known, the blocks wait for `was_not_fetched`, or for the part's own end."""
         entry = self._leases.get((lease, side))
         if entry is not None:
             reason = "a part did not reach its counterpart"
             ended = Ended(
                 lease=lease, side=side, peer=None, outcome=Outcome.LOST, reason=reason, blocks=()
             )
-            self._end(part, entry, ended, is_open=False)
+            may_begin = not is_known and part not in entry.unfetched
+            self._end(part, entry, ended, is_open=may_begin and side is Side.RECEIVER)
+
+    def was_not_fetched(self, part: int, lease: int) -> None:
+        """Nor will be: for sure, be the part taken for silent before or after."""
+        entry = self._leases.get((lease, Side.RECEIVER))
+        if entry is not None:
+            entry.unfetched.add(part)
+            self.is_released(part, lease)
 
     def has_ended(self, part: int, lease: int, ended: Ended) -> None:
         entry = self._leases.get((lease, ended.side))
-        if entry is not None and part in entry.parts:
+        if entry is not None and part in entry.unreleased and part in entry.ended:
+            if ended.outcome is Outcome.COMMITTED:  # the word of one that was taken for silent
+                self.is_released(part, lease)
+        elif entry is not None and part in entry.parts:
             is_open = ended.outcome is not Outcome.COMMITTED and ended.side is Side.RECEIVER
             self._end(part, entry, ended, is_open=is_open)
 
@@ -127,8 +145,8 @@ class LeaseParts:
             self._tell_end(entry)
         elif fails_first:
             self._abort(entry.lease)
-            if entry.source is not None:  # a part that was never fetched may be dropped there
-                self._discard(entry.source, entry.lease)
+        if fails_first and entry.source is not None:  # a part that was never fetched waits there
+            self._discard(entry.source, entry.lease)
 
     def _tell_end(self, entry: PartedLease) -> None:
         parts = list(entry.ended.values())

@@ -80,7 +80,11 @@ class PoolMemory:
             os.close(fd)
             raise ValueError(f"descriptor is not a sealed pool of {num_bytes} bytes")
         memory = cls.__new__(cls)
-        memory._open(fd, num_bytes, False)
+        try:
+            memory._open(fd, num_bytes, False)
+        except OSError:  # a mapping holds a descriptor of its own
+            os.close(fd)
+            raise
         return memory
 
     def _open(self, fd: int, num_bytes: int, prefault: bool) -> None:

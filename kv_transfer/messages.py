@@ -104,6 +104,13 @@ class Discard:
 
 
 @dataclass(frozen=True, slots=True)
+class Discarded:
+    """Sender: so I have heard. Nothing is parked here under this lease."""
+
+    lease: int
+
+
+@dataclass(frozen=True, slots=True)
 class Beat:
     """Both: I live, and so do these leases. `sending` and `receiving` are packed pairs of
     (lease, generation); `seen` is the highest generation the peer's grants have reached."""
@@ -134,7 +141,20 @@ class Bye:
     reason: str
 
 
-Message = Ask | Refuse | Grant | Sent | Committed | Abort | Discard | Beat | Canary | Ready | Bye
+Message = (
+    Ask
+    | Refuse
+    | Grant
+    | Sent
+    | Committed
+    | Abort
+    | Discard
+    | Discarded
+    | Beat
+    | Canary
+    | Ready
+    | Bye
+)
 _KINDS: tuple[type[Message], ...] = (
     Ask,
     Refuse,
@@ -143,6 +163,7 @@ _KINDS: tuple[type[Message], ...] = (
     Committed,
     Abort,
     Discard,
+    Discarded,
     Beat,
     Canary,
     Ready,

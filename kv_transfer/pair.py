@@ -77,6 +77,12 @@ class Pair:
     def is_ready(self) -> bool:
         return self.life is Life.OPEN and self.reached and self.answered
 
+    async def proven(self, within_s: float) -> bool:
+        """Whether each side sees the other's canary in time. Raises PeerUnavailable if the pair
+        ends before."""
+        await asyncio.wait([self.ready], timeout=within_s)
+        return self.ready.done() and self.ready.result() is None
+
     def note(self, ended: Ended) -> None:
         """Count a lease's end."""
         if ended.outcome is not Outcome.COMMITTED:

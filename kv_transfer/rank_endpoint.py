@@ -8,7 +8,7 @@ when all are. What is parked is forked into its legs by the first fetch.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from ..engine.layout import KVLayout
 from ..engine.request import TransferAddress, WorkerId
@@ -39,6 +39,7 @@ class RankEndpoint(KVEndpoint):
         self.courses = Courses(self._held)
         self._parts = LeaseParts(self._events.put_nowait, self.abort, self.discard)
         self._parts_asked = AskParts()
+        self.gave_up: Callable[[int], None] = _nobody  # set by whoever gathers the ranks' parts
 
     async def connect(self, peer: TransferAddress) -> str:
         return await self.connect_to(self.courses.counterparts(peer, self._held.rank))
@@ -183,11 +184,14 @@ class RankEndpoint(KVEndpoint):
     def _on_message(self, pair: Pair, message: Message) -> None:
         if isinstance(message, Grant) and message.lease & LEG_MASK:
             self._fork(message.lease, pair)
-        if isinstance(message, Discard):
-            for one in self._ids(message.lease):
-                super()._on_message(pair, Discard(one))
-            return
         super()._on_message(pair, message)
+
+    def _on_discard(self, message: Discard) -> None:
+        """Of the whole worker's lease, as only leaders are told: this rank's part may be over
+        while another's waits."""
+        for one in self._ids(message.lease):
+            super()._on_discard(Discard(one))
+        self.gave_up(message.lease)
 
     def _fork(self, leg: int, pair: Pair) -> None:
         """A leg of something parked is fetched, if it is one."""
@@ -197,6 +201,10 @@ class RankEndpoint(KVEndpoint):
             return
         self._parts.open(lease, Side.SENDER, entry.source, legs)
         self._senders.fork(lease, [lease | one for one in legs])
+
+
+def _nobody(lease: int) -> None:
+    """A worker of one rank has no other part of a lease."""
 
 
 def _is_one(legs: Sequence[Leg]) -> bool:

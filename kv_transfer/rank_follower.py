@@ -11,6 +11,7 @@ from typing import Any
 
 from ..engine.layout import KVLayout
 from ..engine.request import WorkerId
+from .courses import Leg
 from .events import Asked, PeerRefused, PeerUnavailable, TransferConfig
 from .fit import LEG_MASK, Held
 from .layer_clock import LayerClock, finished_clock
@@ -126,6 +127,7 @@ class RankFollower:
         self._clocks = clocks
         self._tasks: set[asyncio.Task[None]] = set()
         self._asks: dict[int, asyncio.Task[None]] = {}  # by lease; asked last
+        self._fetches: set[int] = set()  # leases to grant as soon as it is their turn
         self._writer: asyncio.StreamWriter
 
     async def run(self, address: str, secret: str, rank: int) -> None:
@@ -157,8 +159,9 @@ class RankFollower:
                 task = self._spawn(self._reply(number, endpoint.ask_legs, *asked_of))
                 self._asks[lease] = task
                 task.add_done_callback(lambda _: self._asks.pop(lease, None))
-            case "grant", [legs, *about]:
-                self._spawn(self._reply(number, endpoint.grant_legs, unpack_legs(legs), *about))
+            case "grant", [legs, lease, *about]:
+                self._fetches.add(lease)
+                self._spawn(self._reply(number, self._grant, unpack_legs(legs), lease, *about))
             case "push", [lease, blocks, first, step]:
                 endpoint.push(lease, blocks, first, self._clocks.of(step))
             case "answer", [[kind, asked], blocks, skip]:
@@ -173,9 +176,21 @@ class RankFollower:
             case "abort", [lease]:
                 if (asking := self._asks.get(lease)) is not None:
                     asking.cancel()
+                self._fetches.discard(lease)
                 endpoint.abort(lease)
             case _:
                 raise AssertionError(f"{name} is no command of this version")
+
+    async def _grant(self, legs: list[Leg], lease: int, *about: Any) -> None:
+        """As the endpoint does; the leader may have ceased to wait for the reply."""
+        try:
+            if lease not in self._fetches:
+                raise PeerUnavailable(f"lease {lease} was given up")
+            self._fetches.discard(lease)
+            await self._endpoint.grant_legs(legs, lease, *about)
+        except (PeerUnavailable, PeerRefused):
+            send(self._writer, ["not fetched", lease])
+            raise
 
     async def _reply(
         self, number: int, call: Callable[..., Awaitable[object]], *arguments: Any

@@ -18,7 +18,7 @@ from ..engine.request import TransferAddress
 from .courses import Leg
 from .events import Asked, Ended, PairStatus, PeerRefused, PeerUnavailable, Released, Side
 from .layer_clock import LayerClock
-from .lease_parts import AskParts, Event, LeaseParts
+from .lease_parts import AskParts, Event, LeaseParts, PartSilent
 from .rank_endpoint import RankEndpoint
 from .rank_wire import (
     pack_address,
@@ -32,7 +32,7 @@ from .rank_wire import (
 
 JOIN_S = 30.0  # for followers that are loaded already
 CLOSE_S = 1.0
-CALL_S = 10.0  # bound of a follower's answer; the endpoints' own bounds are shorter
+CALL_S = 30.0  # bound of a follower's answer; the endpoints' own bounds are shorter
 OWN = 0  # the leader's own rank
 
 
@@ -58,6 +58,7 @@ class RankedEndpoint:
         self._calls: dict[int, asyncio.Future[Any]] = {}
         self._events: asyncio.Queue[Event | None] = asyncio.Queue()
         self._parts = LeaseParts(self._events.put_nowait, self.abort, self.discard)
+        own.gave_up = self._on_given_up
         self._asked = AskParts()
         self._tasks: set[asyncio.Task[None]] = set()
         self._serving: set[asyncio.Task[Any]] = set()
@@ -224,6 +225,11 @@ class RankedEndpoint:
             case Released():
                 self._parts.is_released(rank, event.lease)
 
+    def _on_given_up(self, lease: int) -> None:
+        """A receiver wants nothing of it any more: followers' parts may wait for a fetch."""
+        if self._parts.get(lease, Side.SENDER) is not None:
+            self._tell("abort", lease)
+
     def _leave_out(self, ended: Ended) -> None:
         """Ranks whose KV others hold as well were asked for nothing: theirs is parked no more."""
         idle = self._own.idle(ended.peer)
@@ -266,6 +272,8 @@ class RankedEndpoint:
                 self._on_event(rank, unpack_event(name, fields))
             case ["unanswered", lease]:
                 self._parts.never_began(rank, lease, Side.RECEIVER)
+            case ["not fetched", lease]:
+                self._parts.was_not_fetched(rank, lease)
             case ["reply", number, value, reason]:
                 future = self._calls.get(number)
                 if future is None or future.done():
@@ -282,10 +290,10 @@ class RankedEndpoint:
         future = self._calls[number] = asyncio.get_running_loop().create_future()
         try:
             self._send(rank, [number, name, *arguments])
-            async with asyncio.timeout(CALL_S):
-                return await future
-        except TimeoutError:
-            raise PeerUnavailable(f"rank {rank} of {self._own.worker} is silent") from None
+            await asyncio.wait([future], timeout=CALL_S)
+            if not future.done():
+                raise PartSilent(f"rank {rank} of {self._own.worker} is silent")
+            return future.result()
         finally:
             del self._calls[number]
 

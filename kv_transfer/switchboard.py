@@ -10,7 +10,6 @@ import contextlib
 import itertools
 import secrets
 import socket
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -90,18 +89,13 @@ class Switchboard:
         self._breakers: dict[WorkerId, Breaker] = {}
         self._greeter: asyncio.Task[None] | None = None
         self.pairs: dict[int, Pair] = {}
-        self.counters: Counter[str] = Counter()
+        self.counters = self._caller.counters
 
     def listen(self) -> TransferAddress:
         self._loop = asyncio.get_running_loop()
         address = self._caller.listen()
         self._greeter = self._loop.create_task(self._greet())
         return address
-
-    @property
-    def hung_up(self) -> int:
-        """Calls that came in and were no peer's."""
-        return self._caller.hung_up
 
     async def reach(self, peer: TransferAddress) -> Pair:
         """An open, proven pair with the peer. Raises PeerRefused, PeerUnavailable."""
@@ -201,8 +195,9 @@ class Switchboard:
             )
         try:
             pair = self._open(await self._dial(peer))
-            async with asyncio.timeout(self._config.answer_s):
-                await asyncio.shield(pair.ready)
+            if not await pair.proven(self._config.answer_s):
+                self.fault(pair, "its canary did not come in time")
+                raise TimeoutError("its canary did not come in time")
         except PeerRefused:
             raise
         except (OSError, TimeoutError, PeerUnavailable, ValueError) as error:

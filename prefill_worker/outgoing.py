@@ -167,4 +167,12 @@ class Outbox:
                 self._push(outgoing, blocks, first, layers)
         else:
             self._refused_until_s[decode.worker.name] = self.clock() + REFUSAL_MEMORY_S
+            self._rename(outgoing)
         outgoing.chunks.clear()
+
+    def _rename(self, outgoing: Outgoing) -> None:
+        """It was asked for in vain, but decode may have granted it: too late, or before the two
+        lost each other. What will be parked must not be taken for that."""
+        if self._by_lease.pop(outgoing.lease, None) is not None:
+            outgoing.lease = self.kv.new_lease()
+            self._by_lease[outgoing.lease] = outgoing

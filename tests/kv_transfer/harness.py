@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
+import inspect
+import itertools
 import json
 import os
 import signal
 from asyncio import StreamReader, StreamWriter
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from dataclasses import asdict
 from multiprocessing.context import ForkServerProcess
 from typing import Any, TypeVar
@@ -33,9 +35,12 @@ LAYOUT = KVLayout(
     dtype="float32",
     fingerprint="tiny",
 )
-BOUND_S = 20.0  # of every wait: a hang fails, slowness does not
-QUICK: dict[str, Any] = {"checksum": True, "silence_s": 0.8}
-LAYERED: dict[str, Any] = {**QUICK, "small_bytes": 0}
+TEST_S = 90.0
+BOUND_S = 30.0  # of every wait: a hang fails, slowness does not
+CALM: dict[str, Any] = {"checksum": True, "silence_s": 10.0, "answer_s": 20.0}  # nobody hangs
+LAYERED: dict[str, Any] = {**CALM, "small_bytes": 0}
+# A hang is found soon, and yet a process that a busy machine leaves waiting is not taken for one.
+QUICK: dict[str, Any] = {**CALM, "silence_s": 2.0, "answer_s": 2.0}
 
 
 def pool_bytes(seed: int) -> np.ndarray:
@@ -49,9 +54,38 @@ def bounded(test: Callable[..., Coroutine[Any, Any, None]]) -> Callable[..., Non
 
     @functools.wraps(test)
     def run(*arguments: Any, **named: Any) -> None:
-        asyncio.run(asyncio.wait_for(test(*arguments, **named), 60))
+        asyncio.run(asyncio.wait_for(test(*arguments, **named), TEST_S))
 
     return run
+
+
+def at_once(**cases: Sequence[Any]) -> Callable[..., Callable[..., None]]:
+    """Run an async test for every combination of `cases` on one loop, so that the time in which
+    nothing happens until a hang is found passes for all of them together."""
+
+    def decorate(test: Callable[..., Coroutine[Any, Any, None]]) -> Callable[..., None]:
+        async def one(case: dict[str, Any], named: dict[str, Any]) -> None:
+            try:
+                await test(**named, **case)
+            except BaseException as error:
+                error.add_note(f"where {case}")
+                raise
+
+        async def every(named: dict[str, Any]) -> None:
+            async with asyncio.timeout(TEST_S), asyncio.TaskGroup() as group:
+                for values in itertools.product(*cases.values()):
+                    group.create_task(one(dict(zip(cases, values, strict=True)), named))
+
+        @functools.wraps(test)
+        def run(**named: Any) -> None:
+            asyncio.run(every(named))
+
+        signature = inspect.signature(test)
+        left = [one for name, one in signature.parameters.items() if name not in cases]
+        vars(run)["__signature__"] = signature.replace(parameters=left)  # what pytest has to give
+        return run
+
+    return decorate
 
 
 class Here:

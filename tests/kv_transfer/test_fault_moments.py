@@ -11,17 +11,26 @@ from contextlib import asynccontextmanager
 from dataclasses import asdict
 
 import numpy as np
-import pytest
 from phasewise.engine.request import TransferAddress
 from phasewise.kv_transfer.events import Asked, Ended, Outcome, Released
 from phasewise.kv_transfer.layer_clock import LayerClock
 
-from .harness import BOUND_S, LAYERED, LAYOUT, Here, There, bounded, here, pool_bytes, there
+from .harness import (
+    BOUND_S,
+    LAYERED,
+    LAYOUT,
+    QUICK,
+    Here,
+    There,
+    at_once,
+    here,
+    pool_bytes,
+    there,
+)
 
-gloo = pytest.param("gloo", marks=pytest.mark.slow)  # its processes load torch
-every = pytest.mark.parametrize("transport", ["shm", "tcp", gloo])
+CONFIG = {**LAYERED, **QUICK}
 STOP, KILL = signal.SIGSTOP, signal.SIGKILL
-deadly = pytest.mark.parametrize("number", [KILL, STOP])
+moments = at_once(transport=["shm", "tcp", "gloo"], number=[KILL, STOP])
 LAYERS = range(LAYOUT.num_layers + 1)  # computed when it happens; all of them: before the commit
 HERE, THERE = 1, 2  # seeds of the pools
 SOURCE = [1, 2, 3]
@@ -63,7 +72,7 @@ class Fates:
 
 @asynccontextmanager
 async def survivor(name: str, seed: int, transport: str) -> AsyncIterator[Fates]:
-    async with here(name, seed, {**LAYERED, "transport": transport}) as (worker, address):
+    async with here(name, seed, {**CONFIG, "transport": transport}) as (worker, address):
         fates = Fates(worker, address)
         watching = asyncio.create_task(fates.watch())
         try:
@@ -99,13 +108,11 @@ async def granted_here(fates: Fates, p: There, index: int) -> int:
     return lease
 
 
-@every
-@deadly
-@bounded
+@moments
 async def test_a_sender_is_lost_with_leases_at_every_point(
     transport: str, number: signal.Signals
 ) -> None:
-    config = {**LAYERED, "transport": transport}
+    config = {**CONFIG, "transport": transport}
     async with (
         survivor("decode", HERE, transport) as fates,
         there("prefill", THERE, config) as p,
@@ -157,13 +164,11 @@ async def has_asked(decode: There, times: int) -> None:
         times -= (await asyncio.wait_for(decode.events.get(), BOUND_S))["event"] == "Asked"
 
 
-@every
-@deadly
-@bounded
+@moments
 async def test_a_receiver_is_lost_with_leases_at_every_point(
     transport: str, number: signal.Signals
 ) -> None:
-    config = {**LAYERED, "transport": transport}
+    config = {**CONFIG, "transport": transport}
     async with (
         survivor("prefill", HERE, transport) as fates,
         there("decode", THERE, config) as decode,

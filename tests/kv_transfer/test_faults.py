@@ -17,14 +17,26 @@ from phasewise.kv_transfer.events import Outcome, PeerUnavailable
 from phasewise.kv_transfer.layer_clock import LayerClock, finished_clock
 from phasewise.kv_transfer.messages import Beat, Grant, Message, framed, pack_blocks
 
-from .harness import BOUND_S, LAYERED, LAYOUT, QUICK, Here, There, bounded, here, pool_bytes, there
+from .harness import (
+    BOUND_S,
+    LAYERED,
+    LAYOUT,
+    QUICK,
+    Here,
+    There,
+    at_once,
+    bounded,
+    here,
+    pool_bytes,
+    there,
+)
 
-gloo = pytest.param("gloo", marks=pytest.mark.slow)  # its processes load torch
-every = pytest.mark.parametrize("transport", ["shm", "tcp", gloo])
-staged = pytest.mark.parametrize("transport", ["tcp", gloo])  # the receiver writes its pool
-between = [pytest.param(layers, marks=pytest.mark.slow) for layers in (1, 3)]
-points = pytest.mark.parametrize("layers", [0, 2, 4, *between])
-deadly = pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+TRANSPORTS = ["shm", "tcp", "gloo"]
+STAGED = ["tcp", "gloo"]  # the receiver writes its pool
+POINTS = [0, 1, 2, 3, 4]  # layers
+DEADLY = [signal.SIGKILL, signal.SIGSTOP]
+every = pytest.mark.parametrize("transport", TRANSPORTS)
+points = pytest.mark.parametrize("layers", POINTS)
 TARGET = [20, 21, 22]
 
 
@@ -83,12 +95,11 @@ async def test_a_lease_given_up_as_its_sender_is_found_dead_ends_before_it_is_re
         assert await decode.is_quiet(0.1)
 
 
-@points
-@bounded
+@at_once(layers=POINTS)
 async def test_hung_sender_over_shared_memory_keeps_its_blocks_until_it_answers(
     layers: int,
 ) -> None:
-    async with pushing("shm", layers) as (decode, p, lease, _):
+    async with pushing("shm", layers, **QUICK) as (decode, p, lease, _):
         p.signal(signal.SIGSTOP)
         ended = await decode.ended()
         assert (ended.lease, ended.outcome) == (lease, Outcome.LOST)
@@ -104,7 +115,7 @@ async def test_hung_sender_over_shared_memory_keeps_its_blocks_until_it_answers(
 
 @bounded
 async def test_hung_sender_over_shared_memory_that_is_killed_frees_its_blocks() -> None:
-    async with pushing("shm", 2) as (decode, p, lease, _):
+    async with pushing("shm", 2, **QUICK) as (decode, p, lease, _):
         p.signal(signal.SIGSTOP)
         assert (await decode.ended()).outcome is Outcome.LOST
         p.signal(signal.SIGKILL)
@@ -112,13 +123,11 @@ async def test_hung_sender_over_shared_memory_that_is_killed_frees_its_blocks() 
         assert (released.lease, released.blocks) == (lease, tuple(TARGET))
 
 
-@staged
-@points
-@bounded
+@at_once(transport=STAGED, layers=POINTS)
 async def test_hung_sender_loses_its_blocks_at_once_where_the_receiver_writes(
     transport: str, layers: int
 ) -> None:
-    async with pushing(transport, layers) as (decode, p, lease, _):
+    async with pushing(transport, layers, **QUICK) as (decode, p, lease, _):
         p.signal(signal.SIGSTOP)
         ended = await decode.ended()
         assert (ended.lease, ended.outcome) == (lease, Outcome.LOST)
@@ -130,13 +139,11 @@ async def test_hung_sender_loses_its_blocks_at_once_where_the_receiver_writes(
         await still_serves(decode, transport)
 
 
-@every
-@deadly
-@bounded
+@at_once(transport=TRANSPORTS, number=DEADLY)
 async def test_sender_lost_before_its_grant_leaves_the_blocks_with_the_receiver(
     transport: str, number: signal.Signals
 ) -> None:
-    config = {**LAYERED, "transport": transport}
+    config = {**LAYERED, **QUICK, "transport": transport}
     async with here("decode", 1, config) as (decode, address), there("prefill", 2, config) as p:
         asking = asyncio.create_task(p.do("ask", peer=asdict(address), num_blocks=3))
         asked = await decode.asked()
@@ -148,13 +155,11 @@ async def test_sender_lost_before_its_grant_leaves_the_blocks_with_the_receiver(
         await still_serves(decode, transport)
 
 
-@every
-@deadly
-@bounded
+@at_once(transport=TRANSPORTS, number=DEADLY)
 async def test_receiver_lost_before_its_grant_is_no_grant(
     transport: str, number: signal.Signals
 ) -> None:
-    config = {**LAYERED, "transport": transport}
+    config = {**LAYERED, **QUICK, "transport": transport}
     async with here("prefill", 2, config) as (p, _), there("decode", 1, config) as decode:
         lease = p.endpoint.new_lease()
         asking = asyncio.create_task(p.endpoint.ask(decode.address, lease, 3))
@@ -167,13 +172,11 @@ async def test_receiver_lost_before_its_grant_is_no_grant(
         assert await p.is_quiet(0.1)
 
 
-@every
-@deadly
-@bounded
+@at_once(transport=TRANSPORTS, number=DEADLY)
 async def test_peers_lost_after_the_commit_change_nothing(
     transport: str, number: signal.Signals
 ) -> None:
-    async with pushing(transport, 4) as (decode, p, lease, _):
+    async with pushing(transport, 4, **QUICK) as (decode, p, lease, _):
         await p.do("commit", lease=lease, num_tokens=40, digest=0)
         assert (await decode.ended()).outcome is Outcome.COMMITTED
         assert (await p.event("Ended"))["outcome"] == "committed"
@@ -184,14 +187,11 @@ async def test_peers_lost_after_the_commit_change_nothing(
         await still_serves(decode, transport)
 
 
-@every
-@deadly
-@pytest.mark.parametrize("layers", [0, 2])
-@bounded
+@at_once(transport=TRANSPORTS, number=DEADLY, layers=[0, 2])
 async def test_dead_or_hung_receiver_gives_the_sender_its_blocks_back(
     transport: str, number: signal.Signals, layers: int
 ) -> None:
-    config = {**LAYERED, "transport": transport}
+    config = {**LAYERED, **QUICK, "transport": transport}
     async with here("prefill", 2, config) as (p, _), there("decode", 1, config) as decode:
         await decode.do("grants", blocks=[TARGET])
         lease = p.endpoint.new_lease()
@@ -208,11 +208,10 @@ async def test_dead_or_hung_receiver_gives_the_sender_its_blocks_back(
             await p.endpoint.ask(decode.address, p.endpoint.new_lease(), 1)
 
 
-@every
-@bounded
+@at_once(transport=TRANSPORTS)
 async def test_full_socket_to_a_hung_receiver_does_not_hold_the_sender(transport: str) -> None:
     """More bytes than all buffers take: the copier is stuck in a write when the peer is lost."""
-    config = {**LAYERED, "transport": transport}
+    config = {**LAYERED, **QUICK, "transport": transport}
     big = {"head_dim": 1024}  # 256 KiB a block
     async with there("prefill", 2, config, **big) as p, there("decode", 1, config, **big) as d:
         await d.do("grants", blocks=[list(range(60))])
@@ -260,10 +259,9 @@ async def test_a_step_that_fails_ends_its_lease(transport: str) -> None:
         assert (await p.event("Ended"))["reason"] == "the step failed"
 
 
-@every
-@bounded
+@at_once(transport=TRANSPORTS)
 async def test_a_writer_that_makes_no_progress_expires(transport: str) -> None:
-    async with pushing(transport, 2, lease_s=0.6) as (decode, p, lease, _):
+    async with pushing(transport, 2, **QUICK, lease_s=0.6) as (decode, p, lease, _):
         ended = await decode.ended()
         assert (ended.lease, ended.outcome) == (lease, Outcome.EXPIRED)
         assert (await decode.released()).blocks == tuple(TARGET)
@@ -377,11 +375,12 @@ async def test_a_write_out_of_range_or_without_a_lease_changes_no_byte() -> None
                 )
             )
         await still_serves(decode, "tcp")
-        await asyncio.sleep(0.2)
+        refused = 2 * LAYOUT.num_layers
+        await _until(lambda: decode.endpoint.counters().get("late write", 0) >= refused)
         expected = pool_bytes(1)
         expected[:, 50] = decode.pool[:, 50]
         assert np.array_equal(decode.pool, expected)
-        assert decode.endpoint.counters()["late write"] == 2 * LAYOUT.num_layers
+        assert decode.endpoint.counters()["late write"] == refused
 
 
 def _babble(address: TransferAddress, data: bytes) -> None:
@@ -392,7 +391,7 @@ def _babble(address: TransferAddress, data: bytes) -> None:
         host, port = address.tcp.rsplit(":", 1)
         sock = socket.create_connection((host, int(port)))
     with sock:
-        sock.settimeout(5)
+        sock.settimeout(BOUND_S)
         with contextlib.suppress(OSError):  # hung up on: as it should
             sock.sendall(data)
             sock.shutdown(socket.SHUT_WR)

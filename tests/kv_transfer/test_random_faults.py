@@ -19,10 +19,10 @@ from phasewise.engine.request import TransferAddress
 from phasewise.kv_transfer.events import Asked, Ended, Outcome, PeerUnavailable, Released, Side
 from phasewise.kv_transfer.layer_clock import LayerClock
 
-from .harness import LAYOUT, Here, There, here, pool_bytes, there
+from .harness import LAYOUT, Here, There, at_once, here, pool_bytes, there
 
 NUM_LAYERS, NUM_BLOCKS = LAYOUT.num_layers, LAYOUT.num_blocks
-CONFIG: dict[str, Any] = {"checksum": True, "silence_s": 0.5, "small_bytes": 0, "answer_s": 0.5}
+CONFIG: dict[str, Any] = {"checksum": True, "silence_s": 1.0, "small_bytes": 0, "answer_s": 1.0}
 FAULTS = ["none", "none", "kill", "stop", "stop and kill", "abort here", "abort there", "fail"]
 BOUND_S = 30.0  # of one schedule
 HERE, THERE = 1, 2  # seeds of the pools
@@ -117,12 +117,12 @@ class Life:
     async def finish(self) -> bool:
         """Whether the peer can go on."""
         if self.fault == "stop" and self.over:
-            await asyncio.sleep(self.rng.random())  # found out by then, or not
+            await asyncio.sleep(2 * self.rng.random())  # found out by then, or not
             self.peer.signal(signal.SIGCONT)
             await self.survivor.settled()
             return False
         if self.fault == "stop and kill" and self.over:
-            await asyncio.sleep(self.rng.random())
+            await asyncio.sleep(2 * self.rng.random())
             self.peer.signal(signal.SIGKILL)
         await self.survivor.settled()
         return not self.over
@@ -224,21 +224,24 @@ async def campaign(side: Side, transport: str, seed: int, schedules: int) -> Cou
     return survivor.outcomes
 
 
-def run(side: Side, transport: str, seed: int, schedules: int) -> None:
-    outcomes = asyncio.run(asyncio.wait_for(campaign(side, transport, seed, schedules), 600))
+async def check(side: Side, transport: str, seed: int, schedules: int) -> None:
+    outcomes = await campaign(side, transport, seed, schedules)
     assert outcomes[side, Outcome.COMMITTED] > schedules / 4, outcomes
     failed = sum(count for (_, outcome), count in outcomes.items() if outcome != "committed")
-    assert failed > schedules / 10, outcomes
+    assert failed > 0, outcomes
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("transport", ["shm", "tcp"])
-@pytest.mark.parametrize("side", list(Side))
-def test_a_survivor_keeps_the_laws_over_dozens_of_random_lives(side: Side, transport: str) -> None:
-    run(side, transport, 1, 60)
+@at_once(side=list(Side), transport=["shm", "tcp"], seed=[1, 2, 3])
+async def test_a_survivor_keeps_the_laws_over_dozens_of_random_lives(
+    side: Side, transport: str, seed: int
+) -> None:
+    await check(side, transport, seed, 20)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("side", list(Side))
-def test_a_survivor_keeps_the_laws_over_random_lives_of_a_group(side: Side) -> None:
-    run(side, "gloo", 2, 25)
+@at_once(side=list(Side), seed=[4, 5])
+async def test_a_survivor_keeps_the_laws_over_random_lives_of_a_group(
+    side: Side, seed: int
+) -> None:
+    await check(side, "gloo", seed, 13)

@@ -172,7 +172,7 @@ async def test_last_blocks_that_are_filled_in_part(tokens: int, sizes: tuple[int
             spec_of(2),
             Split(block_size=sizes[0]),
             Split(block_size=sizes[1]),
-            config={"checksum": True},  # small: whole at its commit
+            config=WHOLE,  # small: whole at its commit
             mode=mode,
             tokens=tokens,
         )
@@ -192,7 +192,7 @@ async def test_fp8_blocks_move_with_their_scales(transport: str, sizes: tuple[in
     )
 
 
-QUICK: dict[str, Any] = {"checksum": True, "answer_s": 5.0, "silence_s": 5.0}
+WHOLE: dict[str, Any] = {"checksum": True, "answer_s": 5.0, "silence_s": 5.0}
 SPREAD = (Split(tensor=4, pipeline=2), Split(tensor=2, block_size=32))  # some ranks send nothing
 
 
@@ -215,7 +215,7 @@ async def ended_once(side: Side, lease: int) -> Outcome:
 
 @bounded
 async def test_a_refusal_on_every_leg_lets_the_prompt_be_parked_and_fetched() -> None:
-    async with sides(spec_of(2), *SPREAD, QUICK) as (prefill, decode, here, there):
+    async with sides(spec_of(2), *SPREAD, WHOLE) as (prefill, decode, here, there):
         lease = prefill.kv.new_lease()
         asking = asyncio.create_task(prefill.kv.ask(there, lease, 4))
         asked = await decode.next()
@@ -233,7 +233,7 @@ async def test_a_refusal_on_every_leg_lets_the_prompt_be_parked_and_fetched() ->
 @pytest.mark.parametrize("by", ["prefill", "decode"])
 @bounded
 async def test_an_abort_ends_all_legs_and_gives_the_blocks_back_once(by: str) -> None:
-    async with sides(spec_of(2), *SPREAD, QUICK) as (prefill, decode, _, there):
+    async with sides(spec_of(2), *SPREAD, WHOLE) as (prefill, decode, _, there):
         lease = await opened(prefill, decode, there, [8, 9])
         (prefill if by == "prefill" else decode).kv.abort(lease)
         assert await ended_once(prefill, lease) is Outcome.ABORTED
@@ -245,7 +245,7 @@ async def test_an_abort_ends_all_legs_and_gives_the_blocks_back_once(by: str) ->
 
 @bounded
 async def test_what_is_parked_on_all_ranks_is_discarded_on_all() -> None:
-    async with sides(spec_of(2), *SPREAD, QUICK) as (prefill, decode, here, _):
+    async with sides(spec_of(2), *SPREAD, WHOLE) as (prefill, decode, here, _):
         lease = prefill.kv.new_lease()
         prefill.kv.park(lease, [4, 3, 2, 1], 60, 7)
         decode.kv.discard(here, lease)
@@ -254,7 +254,7 @@ async def test_what_is_parked_on_all_ranks_is_discarded_on_all() -> None:
 
 @bounded
 async def test_kv_of_other_tokens_is_committed_on_no_leg() -> None:
-    async with sides(spec_of(2), *SPREAD, QUICK) as (prefill, decode, here, _):
+    async with sides(spec_of(2), *SPREAD, WHOLE) as (prefill, decode, here, _):
         lease = prefill.kv.new_lease()
         prefill.kv.park(lease, [4, 3, 2, 1], 60, 7)
         await decode.kv.grant(here, lease, [8, 9], 8)
@@ -265,7 +265,7 @@ async def test_kv_of_other_tokens_is_committed_on_no_leg() -> None:
 
 @bounded
 async def test_a_sender_that_goes_leaves_no_leg_open() -> None:
-    async with sides(spec_of(2), *SPREAD, QUICK) as (prefill, decode, _, there):
+    async with sides(spec_of(2), *SPREAD, WHOLE) as (prefill, decode, _, there):
         lease = await opened(prefill, decode, there, [8, 9])
         await prefill.close()
         assert await ended_once(decode, lease) in (Outcome.LOST, Outcome.ABORTED)
@@ -275,5 +275,5 @@ async def test_a_sender_that_goes_leaves_no_leg_open() -> None:
 @bounded
 async def test_block_sizes_that_do_not_divide_are_refused_by_name() -> None:
     with pytest.raises(PeerRefused, match="neither divides the other"):
-        async with sides(spec_of(2), Split(block_size=16), Split(block_size=24), QUICK):
+        async with sides(spec_of(2), Split(block_size=16), Split(block_size=24), WHOLE):
             pass

@@ -9,23 +9,21 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 import numpy as np
-import pytest
 from phasewise.kv_transfer.events import Outcome
 from phasewise.kv_transfer.layer_clock import LayerClock, finished_clock
 
-from .harness import LAYERED, LAYOUT, Here, bounded, here, pool_bytes
+from .harness import LAYERED, LAYOUT, QUICK, Here, at_once, here, pool_bytes
 
-tcp = pytest.param("tcp", marks=pytest.mark.slow)
-every = pytest.mark.parametrize("transport", ["shm", tcp])
+TRANSPORTS = ["shm", "tcp"]
 SOURCE, TARGET = [1, 2, 3], [20, 21, 22]
-LAYER_S = 0.06  # of a writer that is paced: all four at once, as they are ready together
+LAYER_S = 0.25  # of a writer that is paced: all four at once, as they are ready together
 PACE = len(SOURCE) * LAYOUT.block_bytes / LAYER_S
 
 
 @asynccontextmanager
 async def granted(transport: str, **config: Any) -> AsyncIterator[tuple[Here, Here, int]]:
     """A lease of TARGET, before anything is written."""
-    chosen = {**LAYERED, "transport": transport, **config}
+    chosen = {**LAYERED, **QUICK, "transport": transport, **config}
     async with here("decode", 1, chosen) as (decode, address), here("p", 2, chosen) as (p, _):
         lease = p.endpoint.new_lease()
         asking = asyncio.create_task(p.endpoint.ask(address, lease, len(SOURCE)))
@@ -34,14 +32,14 @@ async def granted(transport: str, **config: Any) -> AsyncIterator[tuple[Here, He
         yield decode, p, lease
 
 
-@every
-@bounded
+@at_once(transport=TRANSPORTS)
 async def test_a_lease_outlives_its_time_as_long_as_layers_come(transport: str) -> None:
-    async with granted(transport, lease_s=0.8) as (decode, p, lease):
+    rest_s = 2.0
+    async with granted(transport, lease_s=rest_s) as (decode, p, lease):
         clock = LayerClock()
         p.endpoint.push(lease, SOURCE, 0, clock)
         for layer in range(LAYOUT.num_layers):  # longer in all than the lease may rest
-            await asyncio.sleep(0.3)
+            await asyncio.sleep(rest_s / 3)
             clock.finish(layer)
         p.endpoint.commit(lease, 40, 7)
         assert (await decode.ended()).outcome is Outcome.COMMITTED
@@ -49,9 +47,7 @@ async def test_a_lease_outlives_its_time_as_long_as_layers_come(transport: str) 
         assert np.array_equal(decode.pool[:, TARGET], pool_bytes(2)[:, SOURCE])
 
 
-@every
-@pytest.mark.parametrize("by", ["decode", "prefill"])
-@bounded
+@at_once(transport=TRANSPORTS, by=["decode", "prefill"])
 async def test_blocks_of_a_lease_given_up_in_mid_write_are_not_written_after_their_release(
     transport: str, by: str
 ) -> None:
@@ -67,13 +63,12 @@ async def test_blocks_of_a_lease_given_up_in_mid_write_are_not_written_after_the
         assert (decode.pool[:, TARGET] == 7).all()
 
 
-@every
-@bounded
+@at_once(transport=TRANSPORTS)
 async def test_a_write_that_outlasts_its_lease_ends_it_once_and_writes_nothing_later(
     transport: str,
 ) -> None:
     """The copier is stuck in one layer for longer than the lease allows."""
-    async with granted(transport, pace_bytes_per_s=PACE, lease_s=LAYER_S) as one:
+    async with granted(transport, pace_bytes_per_s=PACE, lease_s=LAYER_S / 2) as one:
         decode, p, lease = one
         p.endpoint.push(lease, SOURCE, 0, finished_clock(LAYOUT.num_layers))
         ended = await decode.ended()
