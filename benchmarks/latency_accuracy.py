@@ -162,12 +162,12 @@ def vidur_rows(data: Path) -> Iterator[Accuracy]:
         data / "vidur_a100_attention_llama2-70b.csv.gz", model="llama2-70b", hardware="a100"
     )
     for phase in ("prefill", "decode"):
-        points = [point for point in _points(attention, phase, 2) if point[1] > 0]
+        points = _points(attention, phase, 2)
         yield leave_points_out(f"Vidur attention a100 {phase}", points, by_plane, folds=20)
     for path in sorted(data.glob("vidur_*_*llama-*.csv.gz")):
         rows = tables.read_vidur_layers(path)
         for tp in sorted({row.tp for row in rows}):
-            points = [(tables.layer_features(row), row.seconds) for row in rows if row.tp == tp]
+            points = [(row.features, row.seconds) for row in rows if row.tp == tp]
             name = f"{path.name.removesuffix('.csv.gz').replace('_', ' ', 1)} TP{tp} layer"
             yield from all_splits(name.capitalize(), points)
 
@@ -213,7 +213,7 @@ def all_reduce_rows(data: Path) -> Iterator[Accuracy]:
     """NCCL between the devices of a DGX, from 32 KiB on, by the sheets, whose two coefficients of
     it were fitted to these very tables."""
     sheets = {"a100_dgx": read_hardware("a100-80g"), "h100_dgx": read_hardware("h100")}
-    rows = tables.read_vidur_all_reduce(data / "vidur_all_reduce.csv.gz")
+    rows = tables.read_vidur_collective(data / "vidur_all_reduce.csv.gz")
     for machine, sheet in sheets.items():
         for devices in (2, 4, 8):
             errors = [

@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 import grpc
 
+from ..configs.schema import SloConfig
 from ..engine.errors import InvalidRequest, PhasewiseError
 from .fleet import Fleet, Worker
 from .generation import abort_call
@@ -32,6 +33,7 @@ class AdminService(AdminServicer):
         fleet: Fleet,
         metrics: Metrics,
         served: ServedModel,
+        slo: SloConfig,
         state: Callable[[], str],
         clock: Callable[[], float],
     ) -> None:
@@ -39,6 +41,7 @@ class AdminService(AdminServicer):
         self._fleet = fleet
         self._metrics = metrics
         self._served = served
+        self._slo = slo
         self._state = state
         self._clock = clock
         self._started_s = clock()
@@ -63,6 +66,9 @@ class AdminService(AdminServicer):
             pid=os.getpid(),
             cpu_s=time.process_time(),
             vocab_size=self._served.vocab_size,
+            ttft_ms=self._slo.ttft_ms,
+            tpot_ms=self._slo.tpot_ms,
+            attainment=self._slo.attainment,
         )
         return pb.ClusterStatus(gateway=gateway, workers=await self._fleet.status())
 

@@ -37,7 +37,7 @@ class AdmissionLimits:
     max_stop_token_ids: int = 256
     max_logprobs: int = 20
     max_logit_bias: int = 1024
-    slo_classes: tuple[str, ...] = ("default", "interactive", "batch")
+    max_slo_class_chars: int = 64  # a name of the client's own: its targets come with each request
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -164,9 +164,13 @@ class Admission:
                 )
 
     def _slo_class(self, name: str) -> str:
-        if name and name not in self.limits.slo_classes:
-            known = ", ".join(self.limits.slo_classes)
-            raise InvalidRequest("slo_class", f"{name!r} is not known", f"use one of {known}")
+        most = self.limits.max_slo_class_chars
+        if len(name) > most or not name.isprintable():
+            raise InvalidRequest(
+                "slo_class",
+                f"{name[:most]!r} is no name",
+                f"give up to {most} printable characters",
+            )
         return name or "default"
 
     def _sampling(self, message: pb.GenerateRequest) -> SamplingParams:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import math
 import os
@@ -12,9 +13,11 @@ from pathlib import Path
 from typing import Any, Protocol, cast
 
 from .. import __version__
+from ..configs.values import parse_host_port
 from ..engine.errors import InvalidConfig, InvalidRequest, PhasewiseError
 
 EXIT_OK, EXIT_RUNTIME, EXIT_INPUT = 0, 1, 2
+EXIT_INTERRUPTED = 130  # as shells have it: 128 + SIGINT
 
 
 COMMANDS = {  # a module of `commands/` each
@@ -41,7 +44,7 @@ class Command(Protocol):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Returns the exit code: 0, 1 for what failed at run time, 2 for bad input."""
+    """Returns the exit code: 0, 1 for what failed at run time, 2 for bad input, 130 interrupted."""
     words = list(sys.argv[1:] if argv is None else argv)
     if not words or words[0] not in COMMANDS:
         parser = _front_page()
@@ -50,16 +53,29 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")  # it would complain of Ray's forks
     try:
         command = cast(Command, importlib.import_module(f".commands.{name}", __package__))
-        return command.run(_page(name, command).parse_args(words[1:]))
+        code = command.run(_page(name, command).parse_args(words[1:]))
+        if sys.stdout is not None:  # None: closed by who called us
+            sys.stdout.flush()
+        return code
     except PhasewiseError as error:
         print(f"phasewise {name}: {error}", file=sys.stderr)
         return EXIT_INPUT if isinstance(error, InvalidConfig | InvalidRequest) else EXIT_RUNTIME
     except KeyboardInterrupt:
         print(f"phasewise {name}: interrupted", file=sys.stderr)
-        return EXIT_RUNTIME
+        return EXIT_INTERRUPTED
     except BrokenPipeError:  # who read our output has gone, as `head` does
         sys.stderr.close()
         return EXIT_RUNTIME
+    except OSError as error:  # the system refused, as a full disk does what we write
+        print(f"phasewise {name}: {error}", file=sys.stderr)
+        _drop_output()
+        return EXIT_RUNTIME
+
+
+def _drop_output() -> None:
+    """What could not be written is not tried again when the process ends."""
+    with contextlib.suppress(OSError, ValueError):  # no file behind it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def add_config_arguments(parser: argparse.ArgumentParser) -> None:
@@ -77,6 +93,14 @@ def check_writable(flag: str, path: Path | str | None) -> None:
     if path.is_dir() or not there.exists() or not os.access(there, os.W_OK):
         reason = "is a folder" if path.is_dir() else "cannot be written"
         raise InvalidConfig(flag, f"{path} {reason}", "name a file in a folder that is there")
+
+
+def check_address(address: str) -> None:
+    """Raises InvalidConfig for what gRPC would take for some other address, or wait for in vain."""
+    try:
+        parse_host_port(address)
+    except ValueError as error:
+        raise InvalidConfig("--address", str(error), "as in 127.0.0.1:50051") from None
 
 
 def without_nan(value: Any) -> Any:
@@ -113,7 +137,8 @@ def _front_page() -> argparse.ArgumentParser:
         "  phasewise serve configs/local.yaml\n"
         '  phasewise generate "def main(" --address 127.0.0.1:50051\n\n'
         "phasewise COMMAND --help tells all about one of them.\n"
-        "exit codes: 0 done, 1 failed while running, 2 input to be mended, 3 no plan is feasible",
+        "exit codes: 0 done, 1 failed while running, 2 input to be mended, 3 no plan is feasible,\n"
+        "130 interrupted",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"phasewise {__version__}")

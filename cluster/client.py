@@ -37,6 +37,7 @@ class Client:
     """Calls a cluster at "host:port". Safe to share between threads."""
 
     def __init__(self, address: str) -> None:
+        self._address = address
         self._channel = grpc.insecure_channel(address, options=OPTIONS)
         self._generation = GenerationStub(self._channel)
         self._admin = AdminStub(self._channel)
@@ -62,7 +63,9 @@ class Client:
             grpc.channel_ready_future(self._channel).result(timeout=timeout_s)
         except grpc.FutureTimeoutError as error:
             raise error_from_status(
-                grpc.StatusCode.UNAVAILABLE, f"no connection within {timeout_s:g} s", None
+                grpc.StatusCode.UNAVAILABLE,
+                f"no connection to {self._address} within {timeout_s:g} s",
+                None,
             ) from error
 
     def generate(

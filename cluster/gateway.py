@@ -15,6 +15,7 @@ import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from ..configs.schema import SloConfig
 from ..engine.errors import InvalidConfig, Unavailable
 from ..engine.routing import POLICIES
 from .admin import AdminService
@@ -50,6 +51,7 @@ class GatewaySettings:
     router: RouterLimits = field(default_factory=RouterLimits)
     admission: AdmissionLimits = field(default_factory=AdmissionLimits)
     times: LinkTimes = field(default_factory=LinkTimes)
+    slo: SloConfig = field(default_factory=SloConfig)  # told to who asks for the status
 
 
 class Gateway:
@@ -80,6 +82,7 @@ class Gateway:
             fleet=self.fleet,
             metrics=self.metrics,
             served=served,
+            slo=settings.slo,
             state=lambda: self.state,
             clock=clock,
         )

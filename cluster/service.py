@@ -112,4 +112,5 @@ def gateway_settings(config: ClusterConfig) -> GatewaySettings:
             timeout_s=gateway.request_timeout_s,
         ),
         times=LinkTimes(heartbeat_s=gateway.heartbeat_timeout_s, step_s=gateway.step_timeout_s),
+        slo=config.slo,
     )

@@ -59,6 +59,12 @@ def load_plan(path: Path | str, overrides: Sequence[str] = ()) -> PlanConfig:
     return load_file(PlanConfig, Path(path), overrides)
 
 
+def section_names(path: Path | str) -> frozenset[str]:
+    """What stands at the top of a YAML file, known or not."""
+    path = Path(path)
+    return frozenset(_parse(_read(path), path.name).entries)
+
+
 def dump(sections: Mapping[str, Mapping[str, Any]], heading: str = "") -> str:
     """A cluster file: a line a section, as in the examples, below `heading` as comments."""
     comments = "".join(f"# {line}".rstrip() + "\n" for line in heading.splitlines())

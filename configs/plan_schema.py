@@ -1,6 +1,27 @@
 """The plan file: what `phasewise plan` is asked. As strict as a cluster file.
 
-`workload` and `slo` are checked where they are understood (`placement/workload/`).
+`workload` and `slo` are checked where they are understood (`placement/workload/`). They have:
+
+```yaml
+workload:
+  trace: FILE          # or lengths; a path beside this file
+  format: auto         # azure, burstgpt, mooncake, splitwise, vidur, jsonl: lines of prompt_tokens,
+                       # output_tokens, where known arrival_s, class and prefix_ids, each id a name
+                       # of 512 tokens that prompts begin with
+  arrivals: trace      # poisson, gamma or uniform; a trace with times is replayed if none is named
+  rate_rps: 4          # requests a second; the trace's own where none is given
+  cv: 1.5              # of gamma: standard deviation of the gaps over their mean
+  lengths: {prompt: {mean: 300, sigma: 0.8, max: 4000}, output: 120}  # mean or median; or "fitted"
+  num_requests: 3000   # of one seed
+  max_total_tokens: 8192                  # longer requests are left out
+  classes: {chat: 0.7, batch: 0.3}        # shares, where the trace names none
+slo:
+  ttft_ms: 250
+  tpot_ms: 50
+  attainment: 0.9      # share of requests that shall meet both
+  classes: {batch: {ttft_ms: 2000, attainment: 0.8}}  # what is left out is as above
+  # or slowdown: {reference: MACHINE, tensor_parallel: 8, ttft: {p50: 2, p90: 3}, tpot: …, e2e: …}
+```
 """
 
 from __future__ import annotations
@@ -112,7 +133,7 @@ class SearchConfig:
     max_batch_size: Count = 256
     """Rows of a decode step."""
     seeds: Annotated[int, Between(2, 50)] = 5
-    """Streams of requests that the winner is verified with; the interval comes from them."""
+    """Streams of requests that the winner is verified with; the interval is that of their mean."""
     finalists: Annotated[int, Between(1, 20)] = 3
     """Placements that are verified by the simulator."""
     kv_transfer: bool = True

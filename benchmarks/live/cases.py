@@ -110,7 +110,7 @@ def paced_case(name: str, replicas: tuple[int, int], rates: Sequence[float]) -> 
         changes=(f"prefill.replicas={replicas[0]}", f"decode.replicas={replicas[1]}"),
         workload="workload-rehearsal.yaml",
         rates=tuple(rates),
-        seconds=10.0,
+        seconds=30.0,
         tolerance=0.05,
         cores=0,
         lengths=(64, 256, 1024, 4096),

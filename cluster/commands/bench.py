@@ -4,9 +4,9 @@ An open loop: requests are sent when the workload says, whatever has been answer
 latency counts from that moment. Prompts are random token ids of the asked lengths, answers have
 exactly the asked lengths. A request attains its targets when it meets TTFT and TPOT both.
 
-WORKLOAD is a trace (Azure, BurstGPT, Mooncake, Splitwise, Vidur, or JSON lines of one's own) or a
-YAML file with a `workload` section, as plan files have it, and optionally `slo` with targets of
-classes.
+WORKLOAD is a trace (Azure, BurstGPT, Mooncake, Splitwise, Vidur, or JSON lines of one's own), a
+plan file, or a YAML file with a `workload` section as plan files have it, and optionally `slo` with
+targets, of classes too. Targets that neither file nor flags give are the cluster's.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ import dataclasses
 import json
 import math
 import secrets
-import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -31,12 +30,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from ...configs.errors import InvalidConfig
-from ...configs.values import parse_host_port
 from ...engine.errors import Unavailable
 from ...placement.workload.slo import SloPolicy, SloTargets
 from ...placement.workload.workload import Workload, WorkloadSpec
 from ...placement.workload.workload_file import read_workload
-from ..cli import EXIT_OK, EXIT_RUNTIME, without_nan
+from ..cli import EXIT_OK, EXIT_RUNTIME, check_address, without_nan
 from ..client import AsyncClient
 from ..heap import settle_heap
 from ..loadgen.goodput import Goodput, Hopeless, Trial, find_goodput, held
@@ -51,6 +49,7 @@ EXAMPLES = """\
   phasewise bench --address 127.0.0.1:50051 --workload configs/workload-chat.yaml \\
       --find-goodput --slo-ttft-ms 200 --slo-tpot-ms 40 --attainment 0.9"""
 
+TARGETS = frozenset({"ttft_s", "tpot_s", "attainment"})
 USUAL_REQUESTS = 4096  # made at once, so that streams of several rates are one, stretched
 MOST_REQUESTS = 100_000
 FEWEST_REQUESTS = 30  # of a trial for goodput
@@ -69,9 +68,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--duration", metavar="S", type=float, default=30.0, help="seconds of arrivals [30]")
     add("--num-requests", metavar="N", type=int, help="how many instead of for how long")
     add("--warm-up", metavar="N", type=int, default=8, help="requests before, not counted [8]")
-    add("--slo-ttft-ms", metavar="MS", type=float, help="target for the first token [250]")
-    add("--slo-tpot-ms", metavar="MS", type=float, help="target per later token [100]")
-    add("--attainment", metavar="SHARE", type=float, help="of requests that shall meet both [0.9]")
+    add("--slo-ttft-ms", metavar="MS", type=float, help="target for the first token [the file's]")
+    add("--slo-tpot-ms", metavar="MS", type=float, help="target per later token [the file's]")
+    add("--attainment", metavar="SHARE", type=float, help="of requests within both [the file's]")
     add("--timeout-s", metavar="S", type=float, default=120.0, help="deadline of a request [120]")
     add("--max-time-s", metavar="S", type=float, default=600.0, help="for --find-goodput [600]")
     add("--seed", metavar="N", type=_seed, default=0, help="of arrivals and lengths [0]")
@@ -90,6 +89,7 @@ class Settings:
 
     spec: WorkloadSpec
     policy: SloPolicy
+    of_cluster: frozenset[str] = frozenset()  # the default targets that it has to tell
     duration_s: float = 30.0
     num_requests: int | None = None
     warm_up: int = 8
@@ -112,11 +112,7 @@ class Settings:
 
 
 def run(args: argparse.Namespace) -> int:
-    try:
-        return asyncio.run(_bench(args))
-    except KeyboardInterrupt:  # what is under way is cancelled, which frees its blocks
-        print("interrupted", file=sys.stderr)
-        return EXIT_RUNTIME
+    return asyncio.run(_bench(args))  # interrupted: what is under way is cancelled
 
 
 def settings_of(args: argparse.Namespace) -> Settings:
@@ -130,10 +126,13 @@ def settings_of(args: argparse.Namespace) -> Settings:
         if not 0 <= value <= MOST_REQUESTS:
             raise InvalidConfig(flag, f"{value} requests", f"give {MOST_REQUESTS} at most")
     start_rps = 1.0 if args.find_goodput else None
-    spec, policy = read_workload(args.workload, rate_rps=args.rate or start_rps)
+    spec, file = read_workload(args.workload, rate_rps=args.rate or start_rps)
+    given = _given_targets(args)
+    policy = file or SloPolicy(default=SloTargets(ttft_s=0.25, tpot_s=0.1), classes={})
     return Settings(
         spec=spec,
-        policy=_policy(args, policy),
+        policy=replace(policy, default=replace(policy.default, **given)),
+        of_cluster=frozenset() if file else TARGETS - given.keys(),
         duration_s=args.duration,
         num_requests=args.num_requests,
         warm_up=args.warm_up,
@@ -150,9 +149,8 @@ def _seed(text: str) -> int:
     return int(text)
 
 
-def _policy(args: argparse.Namespace, file: SloPolicy | None) -> SloPolicy:
-    """Flags over the file's targets over the cluster file's defaults."""
-    own = file or SloPolicy(default=SloTargets(ttft_s=0.25, tpot_s=0.1), classes={})
+def _given_targets(args: argparse.Namespace) -> dict[str, float]:
+    """The flags', which go over the file's targets, or over the cluster's where it has none."""
     flags = {
         "ttft_s": args.slo_ttft_ms and args.slo_ttft_ms / 1e3,
         "tpot_s": args.slo_tpot_ms and args.slo_tpot_ms / 1e3,
@@ -165,7 +163,7 @@ def _policy(args: argparse.Namespace, file: SloPolicy | None) -> SloPolicy:
             "a target is not positive, or a share above 1",
             "give milliseconds above 0 and a share such as 0.9",
         )
-    return replace(own, default=replace(own.default, **given))
+    return given
 
 
 class Bench:
@@ -237,21 +235,30 @@ class Bench:
 
 
 async def open_bench(client: AsyncClient, settings: Settings) -> Bench:
-    """Ask the cluster for its limits; requests that it would refuse are left out."""
+    """Ask the cluster for its limits; requests that it would refuse are left out. Targets that
+    nobody gave are its own."""
     async with asyncio.timeout(STATUS_S):
         gateway = (await client.status()).gateway
     longest = settings.spec.max_total_tokens or gateway.max_model_len
     limit = min(longest, gateway.max_model_len)
-    settings = replace(settings, spec=replace(settings.spec, max_total_tokens=limit))
+    told = {
+        "ttft_s": gateway.ttft_ms / 1e3,
+        "tpot_s": gateway.tpot_ms / 1e3,
+        "attainment": gateway.attainment,
+    }
+    policy = settings.policy
+    targets = replace(policy.default, **{name: told[name] for name in settings.of_cluster})
+    settings = replace(
+        settings,
+        spec=replace(settings.spec, max_total_tokens=limit),
+        policy=replace(policy, default=targets),
+    )
     return Bench(client, settings, gateway.vocab_size)
 
 
 async def _bench(args: argparse.Namespace) -> int:
     settings = settings_of(args)
-    try:
-        parse_host_port(args.address)
-    except ValueError as error:
-        raise InvalidConfig("--address", str(error), "as in 127.0.0.1:50051") from None
+    check_address(args.address)
     async with AsyncClient(args.address) as client:
         try:
             bench = await open_bench(client, settings)
@@ -266,7 +273,7 @@ async def _bench(args: argparse.Namespace) -> int:
     if args.json:
         print(as_json({**_asked(args, bench.settings), **dataclasses.asdict(report)}))
     else:
-        print(to_text(render(report, settings.policy)))
+        print(to_text(render(report, bench.settings.policy)))
     return EXIT_OK if report.completed else EXIT_RUNTIME
 
 
@@ -320,12 +327,14 @@ def _goodput_text(goodput: Goodput, policy: SloPolicy) -> str:
             f"{report.tpot_ms.p90:.2f} ms",
             f"{report.send_lateness_ms.p99:.2f} ms",
         )
-    targets = policy.default
+    targets, failed_rps = policy.default, goodput.failed_rps
     words = (
         f"goodput {goodput.rate_rps:.2f} req/s: {targets.attainment:.0%} within TTFT "
-        f"{targets.ttft_s * 1e3:g} ms and TPOT {targets.tpot_s * 1e3:g} ms; "
-        f"{goodput.failed_rps:.2f} req/s did not hold"
+        f"{targets.ttft_s * 1e3:g} ms and TPOT {targets.tpot_s * 1e3:g} ms"
+        f"{', each class that has its own within those' * bool(policy.classes)}; "
     )
+    none_failed = "no rate that was tried failed"
+    words += none_failed if math.isinf(failed_rps) else f"{failed_rps:.2f} req/s did not hold"
     if goodput.out_of_time:
         words += "\nwarning: out of time (--max-time-s) before the two were within 5%"
     return f"{to_text(table)}\n{words}"

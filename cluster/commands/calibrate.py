@@ -43,7 +43,7 @@ from ...placement.simulation.simulator import simulate
 from ...placement.simulation.twin import twin_of
 from ...placement.workload.slo import SloPolicy, SloTargets
 from ...placement.workload.workload import Workload, WorkloadSpec
-from ..cli import EXIT_OK, add_config_arguments, check_writable
+from ..cli import EXIT_OK, add_config_arguments, check_address, check_writable
 from ..client import AsyncClient
 from ..heap import settle_heap
 from ..loadgen.report import latencies
@@ -149,6 +149,7 @@ def read_task(args: argparse.Namespace) -> Task:
     if not 0 < args.timeout_s < 86400:
         raise InvalidConfig("--timeout-s", f"{args.timeout_s:g} s", "give more than 0 seconds")
     check_writable("--output", args.output)
+    check_address(args.address)
     config = load_cluster(args.config, args.overrides)
     source = source_of(config, args.profile, None)
     paced = config.decode.device == "paced"

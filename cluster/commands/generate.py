@@ -13,7 +13,7 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
-from ..cli import EXIT_OK, EXIT_RUNTIME
+from ..cli import EXIT_OK, check_address
 from ..client import Client
 from ..output import Output
 
@@ -63,14 +63,15 @@ def run(args: argparse.Namespace) -> int:
     given = {name: value for name, value in sampling.items() if value is not None}
     if args.ignore_eos:
         given["ignore_eos"] = True
+    check_address(args.address)
     with Client(args.address) as client:
         client.wait_ready(CONNECT_S)
         pieces = client.generate(args.prompt, token_ids=args.token_ids, **given)
         try:
             _print(pieces, as_json=args.json)
         except KeyboardInterrupt:
-            print(file=sys.stderr)
-            return EXIT_RUNTIME
+            print(file=sys.stderr)  # below the text so far
+            raise
     return EXIT_OK
 
 

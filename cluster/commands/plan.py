@@ -1,6 +1,7 @@
 """Find the placement that meets latency targets, and write the cluster file that launches it.
 
-Reads a plan file: the model's config.json, a workload, targets, the machines and an objective.
+Reads a plan file: the model's config.json, a workload, targets, the machines and an objective
+(`configs/plan_schema.py` has every key; `phasewise plan` names a wrong one and its neighbour).
 Phases are searched apart, pairs of them together, colocated serving competes, and the best are
 verified by simulation on the schedulers that run live. Exit codes: 0 a plan, 2 a file to be mended,
 3 nothing can meet what is asked (with what binds, and the nearest target that can be met).
@@ -90,7 +91,7 @@ def _plan(args: argparse.Namespace) -> tuple[Plan, Provision | None, list[Sensit
         plan = make_plan(problem, _reporter(bar))
         changes = sensitivity(plan, _reporter(bar)) if args.explain or args.report else []
         gpus = {name: machine.gpus for name, machine in problem.machines.items()}
-        options = options_of(problem, plan.search.phases)
+        options = options_of(plan.search)
         flow = provision(options, gpus, problem.config.objective, problem.needed_rps)
     return plan, flow, changes
 

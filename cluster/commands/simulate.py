@@ -26,6 +26,7 @@ from ...configs.load import load_cluster
 from ...configs.schema import ClusterConfig
 from ...placement.goodput.goodput import Goodput, GoodputSearch
 from ...placement.goodput.judging import JointJudge
+from ...placement.latency.extrapolation import beyond, longest_chunk, mean_decode_step
 from ...placement.latency.hardware import read_hardware
 from ...placement.latency.phase_latency import LatencySource
 from ...placement.latency.roofline import RooflineLatency
@@ -57,8 +58,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         required=True,
         type=Path,
         metavar="FILE",
-        help="what arrives: a trace (CSV or JSON lines, .gz too), or a YAML file with a workload "
-        "section",
+        help="what arrives: a trace (CSV or JSON lines, .gz too), a plan file, or a YAML file with "
+        "a workload section",
     )
     parser.add_argument("--rate", type=_positive, metavar="R", help="requests a second")
     parser.add_argument(
@@ -177,18 +178,33 @@ def goodputs_of(task: Task, bar: Progress) -> list[Goodput]:
     return search.find_shares(task.judge, SHARES, start_rps)
 
 
+def extrapolated(task: Task, found: TwinReport) -> list[str]:
+    """In words, where steps lie beyond what step times were measured at."""
+    deployment, workload = task.deployment, task.spec.build(task.seeds[0])
+    step = mean_decode_step(
+        workload,
+        rate_rps=found.rate_rps,
+        tpot_s=found.spreads["tpot"].mean_ms / 1e3,
+        workers=len(deployment.decode),
+    )
+    words = []
+    for worker in (*deployment.prefill, *deployment.decode):
+        words += beyond(worker.latency, longest_chunk(workload, worker.max_batch_tokens), step)
+    return list(dict.fromkeys(words))
+
+
 def as_json(task: Task, found: TwinReport, goodputs: list[Goodput]) -> dict[str, Any]:
     left_out = {"left_out_share": task.spec.left_out_share}
     return {
         **asdict(found),
         **left_out,
         "origin": task.origin,
+        "extrapolated": extrapolated(task, found),
         "goodput": [asdict(g) for g in goodputs],
     }
 
 
 def print_report(console: Console, task: Task, found: TwinReport, goodputs: list[Goodput]) -> None:
-    target = task.judge.policy.default
     console.print(
         f"{found.requests} requests in {len(task.seeds)} runs at {found.rate_rps:.3g} req/s; "
         f"{found.served} served, {found.preemptions} preemptions"
@@ -199,6 +215,8 @@ def print_report(console: Console, task: Task, found: TwinReport, goodputs: list
             f"{task.spec.max_total_tokens} tokens, prompt and answer together, and left out"
         )
     console.print(f"step times: {task.origin}", style="dim")
+    for words in extrapolated(task, found):
+        console.print(words)
     latencies = Table("", "mean", *[f"p{rank}" for rank in RANKS], title="milliseconds")
     for name, spread in found.spreads.items():
         values = [spread.mean_ms, *spread.percentiles_ms.values()]
@@ -206,16 +224,21 @@ def print_report(console: Console, task: Task, found: TwinReport, goodputs: list
     console.print(latencies)
     low, high = found.interval
     for name, share in found.attainment.items():
+        target = task.judge.policy.of(name)
         console.print(
             f"{name}: {share:.1%} meet TTFT {target.ttft_s * 1e3:g} ms and TPOT "
-            f"{target.tpot_s * 1e3:g} ms"
-            if len(found.attainment) == 1
-            else f"{name}: {share:.1%} meet their targets"
+            f"{target.tpot_s * 1e3:g} ms; wanted {target.attainment:.0%}"
         )
+    of_class = f" of {next(iter(found.attainment))}" if len(found.attainment) > 1 else ""
     console.print(
-        f"interval {low:.1%} to {high:.1%}; {found.goodput_rps:.3g} req/s within targets, "
-        f"{found.output_tokens_per_s:.0f} output tokens/s"
+        f"interval{of_class} {low:.1%} to {high:.1%}; {found.goodput_rps:.3g} req/s within "
+        f"targets, {found.output_tokens_per_s:.0f} output tokens/s"
     )
+    if task.spec.is_replayed_whole and len(task.seeds) > 1:
+        console.print(
+            "every run replays the whole trace alike: intervals know nothing of chance; ask for "
+            "fewer --requests, or for other arrivals in a workload file"
+        )
     workers = Table("worker", "busy", "KV at most", "steps", "preemptions")
     for use in found.workers:
         workers.add_row(

@@ -15,7 +15,7 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from ..cli import EXIT_OK
+from ..cli import EXIT_OK, check_address
 from ..client import Client
 from ..proto import phasewise_pb2 as pb
 
@@ -35,6 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    check_address(args.address)
     with Client(args.address) as client:
         client.wait_ready(CONNECT_S)
         status = client.status()

@@ -37,6 +37,7 @@ class Sample:
     tokens: int = 0
     gaps_s: list[float] = field(default_factory=list)  # between deliveries, after the first
     error: str = ""  # name of its type; "": answered in full
+    reason: str = ""  # what the cluster said of it
 
     @property
     def ttft_s(self) -> float:
@@ -153,6 +154,6 @@ async def _follow(
             sample.tokens += count
         sample.error = "" if sample.tokens >= request.max_tokens else INCOMPLETE
     except PhasewiseError as error:
-        sample.error = type(error).__name__
+        sample.error, sample.reason = type(error).__name__, str(error)
     finally:
         sample.ended_s = clock()

@@ -44,6 +44,7 @@ class Report:
     sent: int
     completed: int
     errors: Mapping[str, int]  # by type
+    reasons: Mapping[str, str]  # what was said of the first of each type
     wall_s: float  # from the first intended send to the last answer
     requests_per_s: float
     output_tokens_per_s: float
@@ -83,6 +84,7 @@ def report_of(run: Run, workload: Workload, policy: SloPolicy) -> Report:
         sent=len(samples),
         completed=len(good),
         errors=dict(Counter(sample.error for sample in samples if sample.error)),
+        reasons={s.error: s.reason for s in reversed(samples) if s.reason},
         wall_s=wall_s,
         requests_per_s=len(good) / wall_s,
         output_tokens_per_s=tokens / wall_s,
@@ -142,10 +144,12 @@ def render(report: Report, policy: SloPolicy) -> RenderableType:
         f"{report.requests_per_s:.2f} requests/s, {report.output_tokens_per_s:.1f} output tokens/s "
         f"({report.prompt_tokens} prompt and {report.output_tokens} output tokens)"
     )
+    reasons = [Text(f"first {name}: {reason}") for name, reason in report.reasons.items()]
     late, share = report.send_lateness_ms, report.client_cpu_share
     tail = Text(f"load generator: sends late by p99 {late.p99:.2f} ms, {share:.0%} of a core")
     warnings = [Text(f"warning: {text}", style="bold yellow") for text in report.warnings]
-    return Group(head, _latency_table(report), _attainment_table(report, policy), tail, *warnings)
+    tables = _latency_table(report), _attainment_table(report, policy)
+    return Group(head, *reasons, *tables, tail, *warnings)
 
 
 def _latency_table(report: Report) -> Table:

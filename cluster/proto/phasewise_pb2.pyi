@@ -156,7 +156,7 @@ class ClusterStatus(_message.Message):
     def __init__(self, gateway: _Optional[_Union[GatewayStatus, _Mapping]] = ..., workers: _Optional[_Iterable[_Union[WorkerStatus, _Mapping]]] = ...) -> None: ...
 
 class GatewayStatus(_message.Message):
-    __slots__ = ("state", "model", "max_model_len", "in_flight", "max_in_flight", "uptime_s", "ended", "output_tokens", "failovers", "local_prefills", "pid", "vocab_size", "cpu_s")
+    __slots__ = ("state", "model", "max_model_len", "in_flight", "max_in_flight", "uptime_s", "ended", "output_tokens", "failovers", "local_prefills", "pid", "vocab_size", "cpu_s", "ttft_ms", "tpot_ms", "attainment")
     class EndedEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -177,6 +177,9 @@ class GatewayStatus(_message.Message):
     PID_FIELD_NUMBER: _ClassVar[int]
     VOCAB_SIZE_FIELD_NUMBER: _ClassVar[int]
     CPU_S_FIELD_NUMBER: _ClassVar[int]
+    TTFT_MS_FIELD_NUMBER: _ClassVar[int]
+    TPOT_MS_FIELD_NUMBER: _ClassVar[int]
+    ATTAINMENT_FIELD_NUMBER: _ClassVar[int]
     state: str
     model: str
     max_model_len: int
@@ -190,7 +193,10 @@ class GatewayStatus(_message.Message):
     pid: int
     vocab_size: int
     cpu_s: float
-    def __init__(self, state: _Optional[str] = ..., model: _Optional[str] = ..., max_model_len: _Optional[int] = ..., in_flight: _Optional[int] = ..., max_in_flight: _Optional[int] = ..., uptime_s: _Optional[float] = ..., ended: _Optional[_Mapping[str, int]] = ..., output_tokens: _Optional[int] = ..., failovers: _Optional[int] = ..., local_prefills: _Optional[int] = ..., pid: _Optional[int] = ..., vocab_size: _Optional[int] = ..., cpu_s: _Optional[float] = ...) -> None: ...
+    ttft_ms: float
+    tpot_ms: float
+    attainment: float
+    def __init__(self, state: _Optional[str] = ..., model: _Optional[str] = ..., max_model_len: _Optional[int] = ..., in_flight: _Optional[int] = ..., max_in_flight: _Optional[int] = ..., uptime_s: _Optional[float] = ..., ended: _Optional[_Mapping[str, int]] = ..., output_tokens: _Optional[int] = ..., failovers: _Optional[int] = ..., local_prefills: _Optional[int] = ..., pid: _Optional[int] = ..., vocab_size: _Optional[int] = ..., cpu_s: _Optional[float] = ..., ttft_ms: _Optional[float] = ..., tpot_ms: _Optional[float] = ..., attainment: _Optional[float] = ...) -> None: ...
 
 class WorkerStatus(_message.Message):
     __slots__ = ("name", "incarnation", "role", "state", "address", "pid", "device", "blocks_total", "blocks_free", "blocks_active", "blocks_cached", "blocks_leased", "running", "waiting", "queued_tokens", "context_tokens", "leases", "steps", "preemptions", "step_age_s", "pairs", "restarts", "heartbeat_age_s", "open_slots", "reason", "hit_tokens", "asked_tokens", "blocks_used")

@@ -23,7 +23,7 @@ from .judging import JointJudge, Judge, RequestTimes, Verdict
 SEEDS = (0, 1, 2, 3, 4)
 TOLERANCE = 0.01  # of a rate
 WIDEN = 1.25  # first step of a bracket
-LONGEST_BRACKET = 40  # steps until a rate counts as without end, or as 0
+LONGEST_BRACKET = 16  # steps until a rate counts as without end, or as 0: 3e8 times the first guess
 CONFIDENCE = 0.95
 
 

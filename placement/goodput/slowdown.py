@@ -17,7 +17,6 @@ must keep within it, while lower ranks are kept by how many such steps there are
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -26,6 +25,7 @@ from typing import Any
 import numpy as np
 
 from ...engine.errors import InvalidConfig
+from ..workload.section import known_keys, positive, whole
 from ..workload.slo import SloPolicy, SloTargets, SlowdownTargets
 from ..workload.workload import WorkloadSpec
 from .judging import PercentileJudge, middle_rank
@@ -55,10 +55,7 @@ def parse_slowdown(slo: Mapping[str, Any], *, where: str = "slo") -> SlowdownSec
     section, where = slo["slowdown"], f"{where}.slowdown"
     if not isinstance(section, Mapping):
         raise InvalidConfig(where, f"{section!r} holds no limits", "give {reference: …, ttft: …}")
-    for key in section:
-        if key not in KEYS:
-            near = difflib.get_close_matches(str(key), KEYS, n=1, cutoff=0.0)[0]
-            raise InvalidConfig(f"{where}.{key}", "unknown key", f"nearest is {near!r}")
+    known_keys(where, section, KEYS)
     if "reference" not in section:
         raise InvalidConfig(f"{where}.reference", "is missing", "name a machine of the inventory")
     limits = {metric: _limits(f"{where}.{metric}", section.get(metric)) for metric in METRICS}
@@ -67,8 +64,10 @@ def parse_slowdown(slo: Mapping[str, Any], *, where: str = "slo") -> SlowdownSec
             raise InvalidConfig(f"{where}.{metric}", "has no limit", "give one, as {p90: 3}")
     return SlowdownSection(
         reference=str(section["reference"]),
-        tensor_parallel=_whole(where, section, "tensor_parallel"),
-        pipeline_parallel=_whole(where, section, "pipeline_parallel"),
+        **{
+            key: whole(f"{where}.{key}", section.get(key, 1), "GPUs", most=1024)
+            for key in ("tensor_parallel", "pipeline_parallel")
+        },
         targets=SlowdownTargets(**limits),
     )
 
@@ -83,20 +82,12 @@ def _limits(where: str, section: Any) -> dict[float, float]:
         match = RANK.fullmatch(str(key))
         if match is None or not 0 < float(match[1]) < 100:
             raise InvalidConfig(f"{where}.{key}", "is no percentile", "write p50, p90 or p99.5")
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e6:
-            raise InvalidConfig(f"{where}.{key}", f"{value!r} is no multiple", "give one, as 1.5")
-        limits[float(match[1])] = float(value)
+        multiple = positive(f"{where}.{key}", value, "give a multiple, as 1.5", below=1e6)
+        limits[float(match[1])] = multiple
     ordered = [limits[rank] for rank in sorted(limits)]
     if ordered != sorted(ordered):
         raise InvalidConfig(where, "a higher percentile has a lower limit", "order them")
     return limits
-
-
-def _whole(where: str, section: Mapping[str, Any], key: str) -> int:
-    value = section.get(key, 1)
-    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= 1024:
-        raise InvalidConfig(f"{where}.{key}", f"{value!r} is no number of GPUs", "give 1 or more")
-    return value
 
 
 def policy_of(judge: PercentileJudge, spec: WorkloadSpec) -> SloPolicy:

@@ -10,7 +10,6 @@ from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.optimize import nnls
 
 from ...engine.step_time import StepCoefficients, StepFeatures
 from .phase_latency import KnotStepTime, Limits
@@ -163,6 +162,8 @@ def _relative_nnls(design: Matrix, seconds: Matrix, wishes: Matrix | None = None
     Errors far beyond `TOLERANCE` count by their size, not its square (reweighted least squares),
     so that a point that was measured wrong does not bend the rest.
     """
+    from scipy.optimize import nnls  # half of a worker's start, if it stood above; it never fits
+
     rows = design / seconds[:, None]
     rows /= (scale := np.maximum(np.abs(rows).max(axis=0), 1e-300))
     wished = np.empty((0, design.shape[1])) if wishes is None else wishes / scale

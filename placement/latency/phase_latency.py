@@ -11,7 +11,7 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import inf
-from typing import Literal, NamedTuple, Protocol
+from typing import Literal, Protocol
 
 from ...engine.errors import InvalidConfig
 from ...engine.step_time import StepFeatures, StepTime
@@ -98,18 +98,12 @@ class Limits:
     decode_rows: float = inf
     decode_context: float = inf
 
-    def exceeded_by(self, features: StepFeatures) -> bool:
-        return (
-            features.new_tokens > self.new_tokens
-            or features.attention > self.attention
-            or features.decode_rows > self.decode_rows
-            or features.decode_context > self.decode_context
-        )
-
-
-class Estimate(NamedTuple):
-    seconds: float
-    extrapolated: bool
+    def exceeded_by(self, features: StepFeatures) -> list[tuple[str, float, float]]:
+        """(what, asked, known up to) of each feature that is beyond."""
+        names = ("new tokens in a step", "attention pairs", "decoding rows", "tokens of context")
+        known = (self.new_tokens, self.attention, self.decode_rows, self.decode_context)
+        pairs = zip(names, features, known, strict=True)
+        return [(name, asked, most) for name, asked, most in pairs if asked > most]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -137,9 +131,6 @@ class PhaseLatency:
     def interval_s(self, features: StepFeatures) -> float:
         """Between equal batches that follow each other closely: the slowest stage."""
         return max(stage.batch_s(features) for stage in self.stages)
-
-    def estimate(self, features: StepFeatures) -> Estimate:
-        return Estimate(self.total_s(features), self.limits.exceeded_by(features))
 
 
 class LatencySource(Protocol):

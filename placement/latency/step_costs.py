@@ -26,7 +26,7 @@ class PromptCosts:
         max_batch_tokens: int,
         prompt_s: float = 0.0,
     ) -> None:
-        """`prompt_s`: of each prompt in a step, beside the model's time."""
+        """`prompt_s`: of each step, beside the model's time."""
         self.latency = latency
         self.prompt_s = prompt_s
         self.prompts = prompts
@@ -34,20 +34,19 @@ class PromptCosts:
         self.bases = [stage.batch_s(StepFeatures()) for stage in latency.stages]
         alone: dict[int, list[float]] = {}
         for length in set(prompts):
-            chunks = self._chunks(length)
-            alone[length] = self._stages(length, length * length / 2, chunks, chunks)
+            alone[length] = self._stages(length, length * length / 2, self._chunks(length))
         self._alone = alone
 
     def _chunks(self, tokens: int) -> int:
         return -(-tokens // self.budget)
 
-    def _stages(self, tokens: int, attention: float, steps: int, chunks: int) -> list[float]:
+    def _stages(self, tokens: int, attention: float, steps: int) -> list[float]:
         features = StepFeatures(new_tokens=tokens, attention=attention)
         seconds = [
             stage.batch_s(features) + (steps - 1) * base
             for stage, base in zip(self.latency.stages, self.bases, strict=True)
         ]
-        seconds[0] += chunks * self.prompt_s
+        seconds[0] += steps * self.prompt_s
         return seconds
 
     def alone(self, request: int) -> list[float]:
@@ -65,7 +64,7 @@ class PromptCosts:
         if len(requests) == 1:
             return self.alone(requests[0])
         lengths = [self.prompts[request] for request in requests]
-        return self._stages(sum(lengths), sum(n * n for n in lengths) / 2, 1, len(lengths))
+        return self._stages(sum(lengths), sum(n * n for n in lengths) / 2, 1)
 
     def capacity_rps(self) -> float:
         """Prompts a second of one worker that never waits, in full steps."""

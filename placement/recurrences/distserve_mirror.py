@@ -41,7 +41,7 @@ def mirror(workload: Workload, prefill: MirrorPhase, decode: MirrorPhase) -> Mir
     """Simulate; raises InvalidConfig for a request that could never be scheduled."""
     prompts = workload.prompt_tokens.tolist()
     outputs = workload.output_tokens.tolist()
-    _check_fit(prompts, outputs, prefill.max_tokens, decode.max_tokens)
+    check_fit(prompts, outputs, prefill.max_tokens, decode.max_tokens)
     arrival_ms = workload.arrival_s * 1000.0
     first_ms = np.array(prefill_end_ms(arrival_ms.tolist(), prompts, prefill))
     finish_ms = np.array(decode_end_ms(first_ms.tolist(), prompts, outputs, decode))
@@ -52,7 +52,8 @@ def mirror(workload: Workload, prefill: MirrorPhase, decode: MirrorPhase) -> Mir
     )
 
 
-def _check_fit(prompts: list[int], outputs: list[int], prefill_max: int, decode_max: int) -> None:
+def check_fit(prompts: list[int], outputs: list[int], prefill_max: int, decode_max: int) -> None:
+    """Raises InvalidConfig for a request that no step could ever hold."""
     for i, (prompt, output) in enumerate(zip(prompts, outputs, strict=True)):
         if prompt > prefill_max or prompt + output > decode_max:
             raise InvalidConfig(

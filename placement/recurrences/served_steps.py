@@ -18,8 +18,8 @@ ROUNDS = 8  # of a fixed point: rows lengthen steps, and longer steps gather row
 
 
 class ServedStep:
-    """A first stage's step in service. Is a `StepTime`; what a prompt costs whoever knows their
-    number adds (`Overheads.prompt_s`)."""
+    """A first stage's step in service. Is a `StepTime`; what prompts cost a step beside it whoever
+    knows the number of steps adds (`Overheads.prompt_s`)."""
 
     def __init__(self, alone: StepTime, overheads: Overheads) -> None:
         self._alone, self._costs = alone, overheads

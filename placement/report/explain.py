@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ..search.candidates import Judged, Pool
+from ..search.candidates import Pool
 from ..search.plan import Plan
 from ..search.provision import Provision
 from ..search.sensitivity import Sensitivity
 from ..search.units import ray_node
-from ..search.verify import Verified
-from .plan_file import promise_words
+from ..search.verify import STEP, Verified
+from .plan_file import caveats, extrapolated, interval_words, promise_words, spare_words
 
 BINDS = {
     "ttft": "time to first token, so the prefill side",
@@ -18,6 +18,15 @@ BINDS = {
     "network": "the network that KV crosses",
     "": "nothing that was tried",
 }
+LOWERED = {  # by a goal at a given rate
+    "gpus": "GPUs",
+    "goodput_per_gpu": "GPUs",
+    "cost": "$/h",
+    "goodput_per_dollar": "$/h",
+    "power": "W",
+    "goodput_per_watt": "W",
+}
+FLOW = "req/s of"  # of the program's rows: workers carry what flows, nobody can give more of it
 
 
 def summary(plan: Plan) -> str:
@@ -25,7 +34,7 @@ def summary(plan: Plan) -> str:
     best, placement = plan.best, plan.best.judged.placement
     lines = [
         f"{plan.problem.model.name}: {placement}  [{placement.kind}]",
-        f"  goodput    {_interval(best.judged)} req/s, {best.judged.per_gpu:.3f} a GPU "
+        f"  goodput    {interval_words(best.judged)} req/s, {best.judged.per_gpu:.3f} a GPU "
         f"({_attainment(plan)})",
         f"  promise    {promise_words(plan)}",
         f"  TTFT, TPOT p50 {best.ttft_ms[0]:.0f}, {best.tpot_ms[0]:.1f} ms · "
@@ -41,9 +50,10 @@ def summary(plan: Plan) -> str:
             f"{plan.problem.workload.max_total_tokens} tokens, prompt and answer together"
         )
     if placement.spare:
-        lines.append(f"  spare      {_spare(plan)}")
+        lines.append(f"  spare      {spare_words(plan)}; {_spare_price(plan)}")
     if plan.compared is not None:
         lines.append(f"  compared   {_compared(plan, plan.compared)}")
+    lines += [f"  note       {words}" for words in caveats(plan)]
     return "\n".join(lines)
 
 
@@ -55,10 +65,14 @@ def explain(plan: Plan, flow: Provision | None, changes: Sequence[Sensitivity]) 
         ("phases alone, req/s a GPU", _phases(plan)),
         ("runner-up", _runner_up(plan)),
         ("if something changed", _changes(plan, changes)),
-        ("mixed program", _flow(flow)),
+        ("mixed program", _flow(plan, flow)),
         ("where it lies", _places(plan)),
         ("left out", list(plan.problem.left_out) or ["nothing"]),
-        ("step times", sorted({_origin(pool) for pool in plan.best.judged.placement.pools})),
+        (
+            "step times",
+            sorted({_origin(pool) for pool in plan.best.judged.placement.pools})
+            + extrapolated(plan),
+        ),
     ]
     return "\n\n".join(
         f"{title}\n" + "\n".join(f"  {line}" for line in lines) for title, lines in parts
@@ -69,22 +83,19 @@ def _attainment(plan: Plan) -> str:
     best = plan.best
     share = f"{best.attainment:.1%} ± {best.attainment_half:.1%}"
     if plan.problem.slowdown is None:
-        return f"{share} met both targets in simulation"
+        of = f" of class {best.tightest}" if plan.problem.slo.classes else ""
+        return f"{share}{of} met both targets in simulation"
     return f"all slowdowns hold in simulation, nearest {best.tightest}, kept by {share}"
 
 
-def _interval(judged: Judged) -> str:
-    return f"{judged.rate_rps:.2f} ({judged.low_rps:.2f} to {judged.high_rps:.2f})"
-
-
-def _spare(plan: Plan) -> str:
+def _spare_price(plan: Plan) -> str:
     placement = plan.best.judged.placement
     bare = [(pool.count, pool.shape) for pool in placement.pools]
     cost = placement.cost_per_hour - placement.copies * sum(c * s.cost_per_hour for c, s in bare)
     gpus = placement.gpus - placement.copies * sum(c * s.gpus for c, s in bare)
     return (
-        f"{placement.spare} worker of each pool may be lost; that costs {gpus} GPUs and "
-        f"{cost:.2f} $/h more, {cost / placement.cost_per_hour:.0%} of the whole"
+        f"{gpus} GPU{'s' * (gpus > 1)} and {cost:.2f} $/h more, "
+        f"{cost / placement.cost_per_hour:.0%} of the whole"
     )
 
 
@@ -92,8 +103,12 @@ def _compared(plan: Plan, found: Verified) -> str:
     judged = found.judged
     if judged.rate_rps <= 0:
         return f"{judged.placement}: meets the targets at no rate"
-    words = "ties with it within the intervals" if plan.tie(found) else "is apart from it"
-    return f"{judged.placement}: {_interval(judged)} req/s, {judged.per_gpu:.3f} a GPU; {words}"
+    difference, half = plan.lead(found)
+    words = "ties with it" if plan.tie(found) else "is apart from it"
+    return (
+        f"{judged.placement}: {interval_words(judged)} req/s, {judged.per_gpu:.3f} a GPU; {words}: "
+        f"{-difference:+.3f} ± {half:.3f} a GPU on the same requests, at rates {1 - STEP:.0%} apart"
+    )
 
 
 def _why(plan: Plan) -> list[str]:
@@ -107,10 +122,10 @@ def _why(plan: Plan) -> list[str]:
         f"{len(plan.ranked)} run jointly, {plan.best.runs} simulations of the winner",
         plan.verdict,
     ]
-    if plan.best.simulated.gpus < plan.best.judged.placement.gpus:
+    if str(plan.best.simulated) != str(plan.best.judged.placement):
         lines.append(f"simulated: {plan.best.simulated}, at the same rate a worker")
     if plan.other is not None:
-        lines.append(f"best of the other kind: {plan.other.judged.placement}")
+        lines.append(f"best of the other kind: {_compared(plan, plan.other)}")
     return lines
 
 
@@ -145,9 +160,13 @@ def _runner_up(plan: Plan) -> list[str]:
     judged = plan.runner_up
     if judged is None:
         return ["none"]
+    by = "by recurrences"
+    for found in (plan.other, plan.compared):
+        if found is not None and found.judged.placement.key == judged.placement.key:
+            judged, by = found.judged, "in simulation"
     return [
         f"{judged.placement}: {judged.rate_rps:.2f} req/s, {judged.per_gpu:.3f} a GPU, "
-        f"{judged.placement.gpus} GPUs (by recurrences)"
+        f"{judged.placement.gpus} GPUs ({by})"
     ]
 
 
@@ -164,18 +183,26 @@ def _changes(plan: Plan, changes: Sequence[Sensitivity]) -> list[str]:
     return ["goodput of the same placement, relative to now", *lines]
 
 
-def _flow(flow: Provision | None) -> list[str]:
+def _flow(plan: Plan, flow: Provision | None) -> list[str]:
     if flow is None:
         return ["no mix of workers, each judged alone, meets the constraints"]
+    objective, rate_rps = plan.problem.config.objective, plan.problem.needed_rps
+    lowered = rate_rps is not None and objective.goal != "goodput"
+    unit = LOWERED[objective.goal] if lowered else "req/s"
     workers = ", ".join(f"{count} × {o.role} {o.name}" for o, count in flow.counts)
     lines = [
-        f"workers taken alone, mixed freely: {workers}",
-        f"objective {flow.objective:.3f}, proven bound {flow.bound:.3f} (gap {flow.gap:.2%}); "
-        f"without whole numbers {flow.relaxed:.3f}",
+        f"workers taken alone, mixed freely{', no spares' * bool(objective.spare)}: {workers}",
+        f"{flow.objective:.3f} {unit}{f' for {rate_rps:.4g} req/s' if lowered else ''}, "
+        f"proven bound {flow.bound:.3f} (gap {flow.gap:.2%}); without whole numbers "
+        f"{flow.relaxed:.3f}",
     ]
-    if flow.prices:
-        name, price = flow.prices[0]
-        lines.append(f"the bottleneck is {name}: one unit more is worth {price:.3f}")
+    prices = dict(flow.prices)
+    if lowered and (price := prices.get("rate")):
+        lines.append(f"one req/s more takes {price:.3f} {unit} more")
+    scarce = [(name, p) for name, p in flow.prices if name != "rate" and not name.startswith(FLOW)]
+    if scarce:
+        name, price = scarce[0]
+        lines.append(f"the bottleneck is {name}: one unit more is worth {price:.3f} {unit}")
     return lines
 
 

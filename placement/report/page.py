@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from html import escape
 
 from ..search.algorithms import Search
@@ -13,7 +13,7 @@ from ..search.provision import Provision
 from ..search.sensitivity import Sensitivity
 from .charts import Axis, Series, bar_chart, line_chart
 from .explain import explain
-from .plan_file import cluster_yaml
+from .plan_file import caveats, cluster_yaml, spare_words
 from .style import STYLE
 
 RATES = (0.2, 0.4, 0.6, 0.75, 0.85, 0.95, 1.05, 1.15, 1.3, 1.5)
@@ -28,7 +28,8 @@ def report_html(plan: Plan, flow: Provision | None, changes: Sequence[Sensitivit
             "Attainment against rate",
             _rates(plan),
             "Share of requests that meet TTFT and TPOT "
-            "jointly. The dashed lines are the target share and the goodput.",
+            "jointly. The dashed lines are the target share and the goodput. 3P2×1: three prefill "
+            "workers of tensor parallel 2 and one pipeline stage; D decodes, C does both.",
         ),
         (
             "Attainment against SLO scale",
@@ -39,7 +40,8 @@ def report_html(plan: Plan, flow: Provision | None, changes: Sequence[Sensitivit
             "Speed for one user against throughput",
             _pareto(plan),
             "Each dot is a pair of shapes at "
-            "one decode batch size, by means and without queueing; the line is the Pareto front.",
+            "one decode batch size, by means and without queueing; the line is the Pareto front, "
+            "the dashed line the TPOT target.",
         ),
         (
             "Cost and power",
@@ -66,7 +68,10 @@ def report_html(plan: Plan, flow: Provision | None, changes: Sequence[Sensitivit
 def _head(plan: Plan) -> str:
     best, placement = plan.best, plan.best.judged.placement
     slo, slowdown = plan.problem.slo.default, plan.problem.slowdown
-    held, share = "Attainment", slo.attainment
+    classes = bool(plan.problem.slo.classes)
+    of_class = " of the default class" * classes
+    held = f"Attainment of {best.tightest}" if classes else "Attainment"
+    share = plan.problem.slo.of(best.tightest).attainment
     if slowdown is not None:
         held, share = f"Within {best.tightest} slowdown", slowdown.share_of(best.tightest)
     facts = [
@@ -78,8 +83,8 @@ def _head(plan: Plan) -> str:
         ),
         ("Promise", f"{plan.promised_rps(best):.2f}", "req/s", _reserve(plan)),
         ("A GPU", f"{best.judged.per_gpu:.2f}", "req/s", f"{placement.gpus} GPUs"),
-        ("TTFT p90", f"{best.ttft_ms[1]:.0f}", "ms", f"target {slo.ttft_s * 1e3:.4g}"),
-        ("TPOT p90", f"{best.tpot_ms[1]:.1f}", "ms", f"target {slo.tpot_s * 1e3:.4g}"),
+        ("TTFT p90", f"{best.ttft_ms[1]:.0f}", "ms", f"target {slo.ttft_s * 1e3:.4g}{of_class}"),
+        ("TPOT p90", f"{best.tpot_ms[1]:.1f}", "ms", f"target {slo.tpot_s * 1e3:.4g}{of_class}"),
         (
             held,
             f"{best.attainment:.1%}",
@@ -96,8 +101,17 @@ def _head(plan: Plan) -> str:
     return (
         f"<header><p class='over'>placement plan · {escape(placement.kind)}</p>"
         f"<h1>{escape(plan.problem.model.name)}</h1><p class='what'>{escape(str(placement))}</p>"
-        f"<p class='verdict'>{escape(plan.verdict[0].upper() + plan.verdict[1:])}.</p></header>"
+        f"<p class='verdict'>{escape(plan.verdict[0].upper() + plan.verdict[1:])}.</p>"
+        f"{_notes(plan)}</header>"
         f"<section class='tiles'>{tiles}</section>"
+    )
+
+
+def _notes(plan: Plan) -> str:
+    spare = [f"with {spare_words(plan)}"] * bool(plan.best.judged.placement.spare)
+    return "".join(
+        f"<p class='note'>{escape(words[0].upper() + words[1:])}.</p>"
+        for words in spare + caveats(plan)
     )
 
 
@@ -143,7 +157,7 @@ def _scales(plan: Plan) -> str:
     rate_rps = plan.problem.rate_rps or plan.best.judged.rate_rps
     points: dict[str, list[tuple[float, float]]] = {}
     for scale in SCALES:
-        search = Search(plan.problem.scaled(scale, scale), lambda what, share: None)
+        search = Search(plan.problem.scaled(scale, scale))
         for name, judged in _contenders(plan):
             share = search.attainment(judged.placement, rate_rps)
             points.setdefault(f"{name}: {_short(judged.placement)}", []).append((scale, share))
@@ -184,8 +198,8 @@ def _pareto(plan: Plan) -> str:
     )
 
 
-def _top(values: object) -> float:
-    return max(values, default=1.0) * 1.05  # type: ignore[call-overload]
+def _top(values: Iterable[float]) -> float:
+    return max(values, default=1.0) * 1.05
 
 
 def _costs(plan: Plan) -> str:

@@ -5,12 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 from ...configs.load import dump
+from ..latency.extrapolation import beyond, longest_chunk, mean_decode_step
 from ..search.candidates import Judged, Pool
 from ..search.plan import Plan
 from ..search.problem import Problem
 from ..search.provision import Provision
 from ..search.units import nodes_of_unit
 from ..search.verify import Verified
+from ..workload.slo import SloTargets
 
 MIB = 1 << 20
 RAY_NAMES = {  # of the GPUs of our sheets, as Ray finds them on a node by itself
@@ -125,11 +127,15 @@ def heading(plan: Plan) -> str:
     placement = best.judged.placement
     lines = [
         f"Planned by phasewise for {problem.model.name}: {placement}.",
-        f"Goodput {_interval(best.judged)} req/s {targets_words(problem)}; {placement.gpus} GPUs, "
-        f"{placement.cost_per_hour:.2f} $/h, {placement.power_w / 1e3:.2f} kW.",
+        f"Goodput {interval_words(best.judged)} req/s {targets_words(problem)}; "
+        f"{placement.gpus} GPUs, {placement.cost_per_hour:.2f} $/h, "
+        f"{placement.power_w / 1e3:.2f} kW.",
         f"Promised {promise_words(plan)}.",
         f"Verdict: {plan.verdict}.",
     ]
+    if placement.spare:
+        lines.append(f"Replicas count {spare_words(plan)}.")
+    lines += [f"{words[0].upper()}{words[1:]}." for words in caveats(plan)]
     if placement.copies > 1:
         lines.append(
             f"This is one unit of {placement.copies}: launch it once on each, "
@@ -150,7 +156,7 @@ def targets_words(problem: Problem) -> str:
     if problem.slowdown is None:
         return (
             f"at {slo.attainment:.0%} of requests within TTFT {slo.ttft_s * 1e3:g} ms and TPOT "
-            f"{slo.tpot_s * 1e3:g} ms"
+            f"{slo.tpot_s * 1e3:g} ms" + "".join(map(_class_words, problem.slo.classes.items()))
         )
     limits = problem.slowdown.targets
     words = (
@@ -161,6 +167,35 @@ def targets_words(problem: Problem) -> str:
     return f"within all of {'; '.join(words)} of the unloaded reference"
 
 
+def _class_words(item: tuple[str, SloTargets]) -> str:
+    name, slo = item
+    return (
+        f", of class {name} {slo.attainment:.0%} within {slo.ttft_s * 1e3:g} and "
+        f"{slo.tpot_s * 1e3:g} ms"
+    )
+
+
+def spare_words(plan: Plan) -> str:
+    """Workers that the goodput does without."""
+    spare = plan.best.judged.placement.spare
+    return f"{spare} spare worker{'s' * (spare > 1)} in each pool, which the goodput does without"
+
+
+def caveats(plan: Plan) -> list[str]:
+    """What a reader of goodput and promise must know beside them."""
+    found = []
+    if plan.problem.config.latency.calibration is None:
+        found.append(
+            "steps and transfers alone are counted; what serving takes beside them is measured by "
+            "`phasewise calibrate` and given as latency.calibration"
+        )
+    if plan.problem.workload.is_replayed_whole:
+        found.append(
+            "every seed replays the whole trace alike, so the interval knows nothing of chance"
+        )
+    return found
+
+
 def promise_words(plan: Plan) -> str:
     """The rate that may be offered, and how it comes from the goodput."""
     headroom = plan.problem.config.objective.headroom
@@ -168,8 +203,28 @@ def promise_words(plan: Plan) -> str:
     return f"{plan.promised_rps(plan.best):.2f} req/s: the low end of the interval{less}"
 
 
-def _interval(judged: Judged) -> str:
+def interval_words(judged: Judged) -> str:
     return f"{judged.rate_rps:.2f} ({judged.low_rps:.2f} to {judged.high_rps:.2f})"
+
+
+def extrapolated(plan: Plan) -> list[str]:
+    """In words, where the winner's steps lie beyond what step times were measured at."""
+    best, search = plan.best, plan.problem.config.search
+    placement, workload = best.judged.placement, plan.search.phases.workload
+    alone = placement.prefill is None
+    step = mean_decode_step(
+        workload,
+        rate_rps=best.judged.rate_rps,
+        tpot_s=best.tpot_ms[0] / 1e3,
+        workers=placement.decode.count * placement.copies,
+    )
+    budget = search.mixed_batch_tokens if alone else search.max_batch_tokens
+    chunk = longest_chunk(workload, budget)
+    decode = placement.decode.shape
+    found = beyond(decode.mixed if alone else decode.decode, chunk, step)
+    if placement.prefill is not None:
+        found += beyond(placement.prefill.shape.prefill, chunk, step)
+    return found
 
 
 def plan_json(plan: Plan, provision: Provision | None = None) -> dict[str, Any]:
@@ -178,6 +233,7 @@ def plan_json(plan: Plan, provision: Provision | None = None) -> dict[str, Any]:
         "model": plan.problem.model.name,
         "verdict": plan.verdict,
         "headroom": plan.problem.config.objective.headroom,
+        "caveats": caveats(plan),
         "best": _verified(plan, plan.best),
         "best_of_the_other_kind": None if plan.other is None else _verified(plan, plan.other),
         "compared": None
@@ -195,6 +251,7 @@ def plan_json(plan: Plan, provision: Provision | None = None) -> dict[str, Any]:
         ],
         "cluster": cluster_sections(plan),
         "flow": None if provision is None else provision.to_json(),
+        "extrapolated": extrapolated(plan),
         "left_out": list(plan.problem.left_out),
         "left_out_requests_share": plan.problem.workload.left_out_share,
         "placements_considered": plan.search.considered,

@@ -14,6 +14,7 @@ header{margin-bottom:22px}h1{font-size:34px;line-height:1.1;margin:2px 0 6px}
 .what{font-size:18px;margin:0 0 8px}
 .verdict{display:inline-block;margin:0;padding:6px 12px;border-left:4px solid var(--a);
 background:var(--card);border-radius:0 6px 6px 0}
+.note{color:var(--soft);font-size:13px;margin:8px 0 0;max-width:80ch}
 h2{font-size:17px;margin:0 0 10px}
 .tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(150px,1fr));gap:12px}
 .tiles div,figure,section:not(.tiles):not(.cards){background:var(--card);
@@ -37,5 +38,6 @@ th,td{text-align:right;padding:6px 10px;border-bottom:1px solid var(--rule);
 font-variant-numeric:tabular-nums;white-space:nowrap}
 td:first-child,th:first-child,td:nth-child(2),th:nth-child(2){text-align:left}
 pre{margin:0;overflow-x:auto;font:12.5px/1.5 ui-monospace,SFMono-Regular,Menlo,monospace}
+@media(max-width:560px){figure{overflow-x:auto}svg{min-width:480px}}
 @media print{body{background:#fff}figure{break-inside:avoid}}
 """

@@ -10,14 +10,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 from math import ceil
 
-from .candidates import (
-    Judged,
-    Placement,
-    Pool,
-    score,
-    within_budget,
-)
-from .colocated import colocated_rps, mean_rps, outcome
+from .candidates import Judged, Placement, Pool, by_recurrence, score, within_budget
+from .colocated import Colocated
 from .inventory import MachineType
 from .phase_search import PhaseSearch
 from .problem import Problem, WorkerShape
@@ -31,13 +25,17 @@ MOST_WORKERS = 256  # of one pool
 Report = Callable[[str, float], None]  # what is done, and the share of it
 
 
+def silent(what: str, share: float) -> None:
+    """Reports nothing."""
+
+
 class Search:
     """All placements of one problem, ranked."""
 
     def __init__(
         self,
         problem: Problem,
-        report: Report,
+        report: Report = silent,
         seed: int = 0,
         lengths: tuple[float, float] = (1.0, 1.0),
     ) -> None:
@@ -45,6 +43,7 @@ class Search:
         self.report = report
         self.room = room_of(problem)
         self.phases = PhaseSearch(problem, seed, lengths)
+        self.colocated = Colocated(self.phases)
         self.considered = 0
         self.tried: list[Placement] = []  # of these, both phases in a row
 
@@ -78,28 +77,38 @@ class Search:
         """By recurrences: both phases in a row, TTFT and TPOT jointly."""
         prefill, decode = placement.prefill, placement.decode
         if prefill is None:
-            rate_rps, binds = self._colocated(decode.shape, decode.count)
-            rate_rps *= decode.count
+            each_rps, binds = self.colocated.goodput(decode.shape, decode.count)
+            each_rps *= decode.count
         else:
-            rate_rps, binds = self.phases.pair_rps(
+            each_rps, binds = self.phases.pair_rps(
                 prefill.shape, prefill.count, decode.shape, decode.count, local=placement.local
             )
-        rate_rps *= placement.copies
-        return Judged(
-            placement=placement,
-            rate_rps=rate_rps,
-            low_rps=rate_rps,
-            high_rps=rate_rps,
-            binds=binds,
-            by="recurrence",
+        return by_recurrence(placement, placement.copies * each_rps, binds)
+
+    def rate_near(self, placement: Placement, near_rps: float) -> float:
+        """What `judge` finds, where it is known what it is about."""
+        prefill, decode = placement.prefill, placement.decode
+        each_rps = near_rps / placement.copies
+        if prefill is None:
+            each_rps /= decode.count
+            each_rps = self.colocated.goodput_near(decode.shape, decode.count, each_rps)
+            return placement.copies * decode.count * each_rps
+        each_rps, _ = self.phases.pair_rps(
+            prefill.shape,
+            prefill.count,
+            decode.shape,
+            decode.count,
+            local=placement.local,
+            near_rps=each_rps,
         )
+        return placement.copies * each_rps
 
     def attainment(self, placement: Placement, rate_rps: float) -> float:
         """The share of requests that meet both targets at one rate, by recurrences."""
         prefill, decode = placement.prefill, placement.decode
         each_rps = rate_rps / placement.copies
         if prefill is None:
-            times = outcome(self.phases, decode.shape, each_rps / decode.count, decode.count)
+            times = self.colocated.outcome(decode.shape, each_rps / decode.count, decode.count)
             return self.phases.judge.share(*times)
         behind_s = self.phases.behind_s(prefill.shape, decode.shape, local=placement.local)
         times = self.phases.outcome(
@@ -153,14 +162,7 @@ class Search:
         """The score that a rough goodput would give; −inf beyond a budget."""
         if within_budget(placement, self.problem.config.objective):
             return float("-inf")
-        rough = Judged(
-            placement=placement,
-            rate_rps=rate_rps,
-            low_rps=rate_rps,
-            high_rps=rate_rps,
-            binds="",
-            by="recurrence",
-        )
+        rough = by_recurrence(placement, rate_rps)
         return score(rough, self.problem.config.objective, self.problem.rate_rps)
 
     # Algorithm 1: the pools lie anywhere
@@ -264,7 +266,9 @@ class Search:
     def _alone(self) -> Iterable[tuple[float, Placement]]:
         """The most promising by a bound, each worked out step by step."""
         spare = self.problem.config.objective.spare
-        bounds = {shape.key: mean_rps(self.phases, shape) / shape.gpus for shape in self._mixing()}
+        bounds = {
+            shape.key: self.colocated.mean_rps(shape) / shape.gpus for shape in self._mixing()
+        }
         promising = sorted(self._mixing(), key=lambda shape: -bounds[shape.key])
         for shape in promising[:ALONE]:
             most = self.room.workers(shape, shape.power_w) - spare
@@ -272,14 +276,14 @@ class Search:
                 if 1 <= count <= most:
                     pool = Pool(shape=shape, count=count)
                     placement = Placement(prefill=None, decode=pool, spare=spare)
-                    each, _ = self._colocated(shape, count)
+                    each, _ = self.colocated.goodput(shape, count)
                     yield self._value(placement, count * each), placement
 
     def _counts_alone(self, shape: WorkerShape, most: int) -> list[int]:
         """All of them, or the least that carry the rate, as if alone or beside all others, and one
         more."""
         wanted = self.problem.needed_rps
-        each = [self._colocated(shape, workers)[0] for workers in (1, most)]
+        each = [self.colocated.goodput(shape, workers)[0] for workers in (1, most)]
         if wanted is None:
             return [most] if each[0] > 0 else []
         least = {ceil(wanted / one) for one in each if one > 0}
@@ -289,6 +293,3 @@ class Search:
         """Pipelines gain nothing from chunks that wait for rows: one stage is tried, if it fits."""
         single = [shape for shape in self.problem.shapes if shape.pipeline_parallel == 1]
         return single or list(self.problem.shapes)
-
-    def _colocated(self, shape: WorkerShape, workers: int) -> tuple[float, str]:
-        return colocated_rps(self.phases, shape, workers)

@@ -157,6 +157,18 @@ class Judged:
         return self.rate_rps * 3.6e6 / self.placement.power_w
 
 
+def by_recurrence(placement: Placement, rate_rps: float, binds: str = "") -> Judged:
+    """A goodput without an interval: that of one stream of requests."""
+    return Judged(
+        placement=placement,
+        rate_rps=rate_rps,
+        low_rps=rate_rps,
+        high_rps=rate_rps,
+        binds=binds,
+        by="recurrence",
+    )
+
+
 def score(judged: Judged, objective: ObjectiveConfig, rate_rps: float | None) -> float:
     """Higher is better; −inf for one that does not carry the rate."""
     if judged.rate_rps <= 0:

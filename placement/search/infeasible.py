@@ -155,9 +155,7 @@ def _too_small(problem: Problem) -> Infeasible:
     config = problem.config
     free = replace(config, workload={k: v for k, v in config.workload.items() if k != "rate_rps"})
     goal = replace(objective, goal="goodput")
-    search = Search(
-        replace(problem, config=replace(free, objective=goal)), lambda what, share: None
-    )
+    search = Search(replace(problem, config=replace(free, objective=goal)))
     most = search.run()
     asked = f"{problem.rate_rps:g} req/s" if problem.rate_rps is not None else "any rate"
     asked += f" with a headroom of {objective.headroom:.0%}" if objective.headroom else ""
@@ -187,7 +185,7 @@ def _not_in_a_row(problem: Problem, placement: Placement) -> Infeasible:
     scale, looser = 1.0, problem
     for scale in LOOSER:
         looser = problem.scaled(scale, scale)
-        if Search(looser, lambda what, share: None).judge(placement).rate_rps > 0:
+        if Search(looser).judge(placement).rate_rps > 0:
             break
     words = "each phase meets its target alone, but in a row too few requests meet all at once"
     if problem.slowdown is not None:

@@ -16,12 +16,17 @@ from ...engine.step_time import StepFeatures
 from ..latency.phase_latency import PhaseLatency
 from ..latency.step_costs import PromptCosts, RowCosts
 from ..latency.transfer import Link, visible_s
-from ..recurrences.phase_judge import JointRows, PhaseJudge, SlowdownRows, highest_rate
+from ..recurrences.phase_judge import (
+    JointRows,
+    PhaseJudge,
+    SlowdownRows,
+    highest_rate,
+    rate_and_bound,
+)
 from ..recurrences.phase_times import PoolLimits, decode_end_s, prefill_end_s
 from ..recurrences.served_steps import in_service, prefill_stretch
-from ..simulation.deployment import Overheads
 from ..workload.workload import Workload
-from .problem import Problem, WorkerShape
+from .problem import Problem, ShapeKey, WorkerShape
 
 QUICK_REQUESTS = 1000
 BEYOND_MEAN = 1.1  # times the mean-value bound: a rate above is not believed
@@ -57,11 +62,10 @@ class PhaseSearch:
         # Of shared cores only what `prefill_stretch` says: a pool does not know the other.
         self._overheads = replace(problem.overheads, cores=0, warm_s=0.0)
         self.told_s = problem.overheads.admit_s + problem.overheads.report_s
-        self._prompt_costs: dict[tuple[str, int, int], PromptCosts] = {}
-        self._row_costs: dict[tuple[str, int, int], RowCosts] = {}
-        self._prefill: dict[tuple[tuple[str, int, int], int], float] = {}
-        self._decode: dict[tuple[tuple[str, int, int], int], float] = {}
-        self.colocated: dict[tuple[tuple[str, int, int], Overheads], tuple[float, str]] = {}
+        self._prompt_costs: dict[ShapeKey, PromptCosts] = {}
+        self._row_costs: dict[ShapeKey, RowCosts] = {}
+        self._prefill: dict[tuple[ShapeKey, int], float] = {}  # by workers
+        self._decode: dict[ShapeKey, float] = {}  # of one worker
         self.simulations = 0
 
     def rows_of(self, name: str) -> NDArray[np.bool_]:
@@ -156,7 +160,7 @@ class PhaseSearch:
 
     def decode_rps(self, shape: WorkerShape, workers: int) -> float:
         """Goodput of a pool, TPOT alone: large batches gain little from pooling, so one counts."""
-        known = self._decode.get((shape.key, 1))
+        known = self._decode.get(shape.key)
         if known is None:
             bound_rps = self.mean_decode_rps(shape)
 
@@ -168,7 +172,7 @@ class PhaseSearch:
                 return self.judge.margin(None, tpot_s)
 
             known = highest_rate(margin, 0.8 * bound_rps) if bound_rps else 0.0
-            self._decode[shape.key, 1] = known
+            self._decode[shape.key] = known
         return workers * known
 
     def mean_decode_rps(self, shape: WorkerShape) -> float:
@@ -209,31 +213,35 @@ class PhaseSearch:
         )
 
     def pair_rps(
-        self, prefill: WorkerShape, n: int, decode: WorkerShape, m: int, *, local: bool
+        self,
+        prefill: WorkerShape,
+        n: int,
+        decode: WorkerShape,
+        m: int,
+        *,
+        local: bool,
+        near_rps: float | None = None,
     ) -> tuple[float, str]:
-        """Goodput of both pools in a row, TTFT and TPOT jointly, KV charged; and what binds."""
-        guess = min(self.prefill_rps(prefill, n), self.decode_rps(decode, m))
-        links = float("inf") if local else self.link_rps(prefill, n, decode, m)
-        if guess <= 0:
+        """Goodput of both pools in a row, TTFT and TPOT jointly, KV charged; and what binds.
+
+        `near_rps`: about what it is, where that is known; it saves searching the phases apart.
+        """
+        guess_rps = near_rps or min(self.prefill_rps(prefill, n), self.decode_rps(decode, m))
+        if guess_rps <= 0:
             return 0.0, "ttft" if not self.prefill_rps(prefill, n) else "tpot"
+        links = float("inf") if local else self.link_rps(prefill, n, decode, m)
         behind_s = self.behind_s(prefill, decode, local=local)
         bound_rps = m * self.mean_decode_rps(decode) * BEYOND_MEAN
-        missed: dict[float, str] = {}
 
-        def margin(rate_rps: float) -> float:
+        def tried(rate_rps: float) -> tuple[float, str]:
             if rate_rps > bound_rps:
-                missed[rate_rps] = "tpot"
-                return -1.0
+                return -1.0, "tpot"
             if rate_rps > links:
-                missed[rate_rps] = "network"
-                return -1.0
+                return -1.0, "network"
             times = self.outcome(prefill, n, decode, m, rate_rps, behind_s)
-            missed[rate_rps] = self.judge.binds(*times)
-            return self.judge.margin(*times)
+            return self.judge.margin(*times), self.judge.binds(*times)
 
-        rate_rps = highest_rate(margin, guess)
-        above = [rate for rate in missed if rate > rate_rps]
-        return rate_rps, missed[min(above)] if above else "tpot"
+        return rate_and_bound(tried, guess_rps, near=near_rps is not None)
 
     def behind_s(self, prefill: WorkerShape, decode: WorkerShape, *, local: bool) -> Column:
         """From the end of prefill until decode can go on, on links with nobody else there: once it
@@ -249,8 +257,7 @@ class PhaseSearch:
             latency_s=max(side.latency_s for side in sides),
         )
         sent_s = visible_s(
-            self.workload.prompt_tokens,
-            self.problem.kv_bytes_per_token,
+            self.workload.prompt_tokens * self.problem.kv_bytes_per_token,
             self.problem.model.num_layers,
             self.prompt_costs(prefill).alone_s(),
             link,

@@ -24,7 +24,7 @@ from ..workload.slo import SloPolicy, check_classes, parse_slo
 from ..workload.workload import WorkloadSpec, parse_workload
 from .inventory import MachineType, read_inventory
 
-Shape = tuple[int, int]  # tensor parallel, pipeline parallel
+ShapeKey = tuple[str, int, int]  # machine, tensor parallel, pipeline parallel
 RATE_GOALS = ("gpus", "cost", "power")
 HEAVY = "the weights do not fit"
 
@@ -44,7 +44,7 @@ class WorkerShape:
         return self.tensor_parallel * self.pipeline_parallel
 
     @property
-    def key(self) -> tuple[str, int, int]:
+    def key(self) -> ShapeKey:
         return self.machine.name, self.tensor_parallel, self.pipeline_parallel
 
     @property
@@ -122,9 +122,8 @@ def read_problem(config: PlanConfig, folder: Path) -> Problem:
     """Look up everything a plan file names. Relative paths in sections start from `folder`."""
     model = read_shape(config.model.path).served_as(config.model.dtype, "auto")
     max_model_len = config.model.max_model_len or model.max_positions
+    # Without a rate it is 1, which the search stretches.
     section = {"max_total_tokens": max_model_len, "rate_rps": 1.0, **config.workload}
-    if "trace" in section and "rate_rps" not in config.workload:
-        del section["rate_rps"]
     if config.objective.goal in RATE_GOALS and "rate_rps" not in config.workload:
         raise InvalidConfig(
             "objective.goal",
@@ -133,7 +132,7 @@ def read_problem(config: PlanConfig, folder: Path) -> Problem:
         )
     machines = read_inventory(config.inventory, folder)
     sources = _sources(config, model, machines)
-    workload = parse_workload(_timeless(section), base=folder)
+    workload = parse_workload(section, base=folder)
     slo, slowdown = _targets(config, machines, sources, workload)
     check_classes(slo, workload.class_names)
     shapes, left_out, roomiest = _shapes(config, model, machines, sources)
@@ -150,13 +149,6 @@ def read_problem(config: PlanConfig, folder: Path) -> Problem:
         max_model_len=max_model_len,
         overheads=_overheads(config),
     )
-
-
-def _timeless(section: dict[str, object]) -> dict[str, object]:
-    """A trace that has lengths only gets rate 1, which the search then stretches."""
-    if "trace" in section and "rate_rps" not in section:
-        section = {**section, "rate_rps": 1.0}
-    return section
 
 
 def _targets(
@@ -337,7 +329,8 @@ def _kv_tokens(
     return asked, ""
 
 
-def _parallelisms(config: PlanConfig, machine: MachineType) -> list[Shape]:
+def _parallelisms(config: PlanConfig, machine: MachineType) -> list[tuple[int, int]]:
+    """Tensor and pipeline parallel, within the limits of search."""
     search = config.search
     widest = machine.gpus if search.tensor_parallel_across_nodes else machine.nvlink_domain
     return [

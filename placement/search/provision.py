@@ -18,8 +18,8 @@ from scipy.optimize import Bounds, LinearConstraint, linprog, milp
 
 from ...configs.plan_schema import ObjectiveConfig
 from ...engine.errors import InvalidConfig
-from .phase_search import PhaseSearch
-from .problem import Problem, WorkerShape
+from .algorithms import Search
+from .problem import ShapeKey, WorkerShape
 
 TIME_LIMIT_S = 3.0
 GAP = 1e-3
@@ -71,24 +71,25 @@ class Provision:
         }
 
 
-def options_of(problem: Problem, phases: PhaseSearch) -> list[Option]:
+def options_of(search: Search) -> list[Option]:
     """Every shape in both roles, with its goodput alone. Links are charged where nodes are many."""
+    problem, phases = search.problem, search.phases
     kv = problem.kv_bytes_per_token * float(phases.workload.prompt_tokens.mean())
+    colocated: dict[ShapeKey, float] = {}  # where cores are shared it hangs on how many
+    for (key, _), (rate_rps, _) in search.colocated.found.items():
+        colocated[key] = min(rate_rps, colocated.get(key, inf))
     options = []
     for shape in problem.shapes:
-        for role, rate_rps in (
-            ("prefill", phases.prefill_rps(shape, 1)),
-            ("decode", phases.decode_rps(shape, 1)),
-        ):
-            if rate_rps > 0:
-                options.append(_option(role, shape, rate_rps, kv))
-    least: dict[tuple[str, int, int], float] = {}  # where workers share cores it hangs on how many
-    for (key, _), (rate_rps, _) in phases.colocated.items():
-        least[key] = min(rate_rps, least.get(key, inf))
-    for key, rate_rps in least.items():
-        shape = next(s for s in problem.shapes if s.key == key)
-        if rate_rps > 0:
-            options.append(_option("colocated", shape, rate_rps, 0.0))
+        rates = {
+            "prefill": phases.prefill_rps(shape, 1),
+            "decode": phases.decode_rps(shape, 1),
+            "colocated": colocated.get(shape.key, 0.0),
+        }
+        options += [
+            _option(role, shape, rate_rps, 0.0 if role == "colocated" else kv)
+            for role, rate_rps in rates.items()
+            if rate_rps > 0
+        ]
     return options
 
 

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from .algorithms import Search
+from .algorithms import Report, Search
 from .candidates import Judged
 from .plan import Plan
 from .problem import Problem
 
 SCALES = (0.5, 0.8, 1.25, 2.0)
-Report = Callable[[str, float], None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +41,7 @@ def sensitivity(plan: Plan, report: Report) -> list[Sensitivity]:
     found = []
     for i, (what, change, asked, lengths) in enumerate(cases):
         report("sensitivity", i / len(cases))
-        search = Search(asked, lambda what, share: None, 0, lengths)
+        search = Search(asked, lengths=lengths)
         judged = search.judge(plan.best.judged.placement)
         found.append(Sensitivity(what=what, change=change, judged=judged))
     report("sensitivity", 1.0)

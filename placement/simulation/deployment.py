@@ -41,7 +41,7 @@ class Overheads:
     handoff_s: float = 0.0  # from prefill's end until the decode worker is told to go on
     step_s: float = 0.0  # host work a step, beside the model's own time
     row_s: float = 0.0  # and a decoding row of it
-    prompt_s: float = 0.0  # and a prompt of it: its grant, its transfer, its handoff
+    prompt_s: float = 0.0  # and, with prompts, of it: their grants, transfers and handoffs
     prompt_share: float = 0.0  # of steps with prompts: what sending their KV meanwhile adds
     cores: int = 0  # that workers share with the gateway and its clients; 0: these have their own
     serve_s: float = 0.0  # core time that these spend on a step's tokens; where a core is idle, it

@@ -80,11 +80,14 @@ class Stages:
     ) -> float:
         """What a step takes beside everything that serving it needs."""
         costs = self._overheads
-        host_s = costs.step_s + costs.row_s * features.decode_rows + costs.prompt_s * num_prompts
+        host_s = costs.step_s + costs.row_s * features.decode_rows
+        share = 0.0
+        if num_prompts:  # however many: most of a prompt's own is done while the step computes
+            host_s += costs.prompt_s
+            share = costs.prompt_share
         if self._cores is not None and self._use is not None:
             alone_s = self._cores.begin(self._use, features, alone_s, now_s)
             host_s = self._cores.host_s(self._use, host_s, now_s)
-        share = costs.prompt_share if num_prompts else 0.0
         return alone_s * (1 + share) + host_s
 
 

@@ -49,9 +49,3 @@ def mean_rate_rps(arrival_s: FloatColumn) -> float:
             "use arrivals: poisson with rate_rps, or a trace that spans time",
         )
     return (len(arrival_s) - 1) / span_s
-
-
-def burstiness(arrival_s: FloatColumn) -> float:
-    """Coefficient of variation of the gaps: 0 uniform, 1 Poisson."""
-    gaps = np.diff(arrival_s)
-    return float(np.std(gaps) / np.mean(gaps)) if len(gaps) and np.mean(gaps) > 0 else 0.0

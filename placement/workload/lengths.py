@@ -11,7 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...engine.errors import InvalidConfig
+from .section import positive, whole
 
+DIGITS = "write it in digits, as 0.8"
 IntColumn = NDArray[np.int32]
 
 
@@ -60,7 +62,7 @@ def fit_lognormal(tokens: IntColumn) -> Lognormal:
 def parse_length(where: str, value: Any) -> LengthDistribution:
     """`512`, or `{mean: 4000, sigma: 0.8}`, or `{median: 1020, sigma: 1.1, max: 8192}`."""
     if isinstance(value, int) and not isinstance(value, bool):
-        return Fixed(tokens=_whole(where, value))
+        return Fixed(tokens=whole(where, value, "tokens"))
     if not isinstance(value, Mapping):
         raise InvalidConfig(
             where, f"{value!r} is not a length", "give a number or {mean: …, sigma: …}"
@@ -72,23 +74,9 @@ def parse_length(where: str, value: Any) -> LengthDistribution:
             f"{dict(value)} does not describe a distribution",
             "give sigma, either mean or median, and at most max",
         )
-    maximum = _whole(f"{where}.max", value.get("max", 2**31 - 1))
-    sigma = _positive(f"{where}.sigma", value["sigma"])
+    maximum = whole(f"{where}.max", value.get("max", 2**31 - 1), "tokens")
+    sigma = positive(f"{where}.sigma", value["sigma"], DIGITS)
     if "mean" in value:
-        return lognormal_from_mean(_positive(f"{where}.mean", value["mean"]), sigma, maximum)
-    median = _positive(f"{where}.median", value["median"])
+        return lognormal_from_mean(positive(f"{where}.mean", value["mean"], DIGITS), sigma, maximum)
+    median = positive(f"{where}.median", value["median"], DIGITS)
     return Lognormal(median=median, sigma=sigma, max_tokens=maximum)
-
-
-def _positive(where: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e12:
-        raise InvalidConfig(
-            where, f"{value!r} is not a positive number", "write it in digits, as 0.8"
-        )
-    return float(value)
-
-
-def _whole(where: str, value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= 2**31 - 1:
-        raise InvalidConfig(where, f"{value!r} is not a whole number of tokens", "give 1 or more")
-    return value

@@ -7,7 +7,6 @@ request takes on an unloaded reference (Splitwise, ISCA '24, table VI).
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import nan
@@ -17,9 +16,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...engine.errors import InvalidConfig
+from .section import known_keys, nearest, positive
 
 Column = NDArray[np.float64]
 DEFAULT_ATTAINMENT = 0.9
+MILLISECONDS = "give milliseconds in digits, as 250 or 0.5"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -101,7 +102,7 @@ def parse_slo(section: Mapping[str, Any], *, where: str = "slo") -> SloPolicy:
 
     A class takes from the default what it does not say. Raises InvalidConfig with the key path.
     """
-    _known_keys(where, section, ("ttft_ms", "tpot_ms", "attainment", "classes"))
+    known_keys(where, section, ("ttft_ms", "tpot_ms", "attainment", "classes"))
     default = _targets(where, section, None)
     classes = section.get("classes") or {}
     if not isinstance(classes, Mapping):
@@ -111,7 +112,7 @@ def parse_slo(section: Mapping[str, Any], *, where: str = "slo") -> SloPolicy:
         path = f"{where}.classes.{name}"
         if not isinstance(own, Mapping):
             raise InvalidConfig(path, f"{own!r} holds no targets", "give {ttft_ms: …}")
-        _known_keys(path, own, ("ttft_ms", "tpot_ms", "attainment"))
+        known_keys(path, own, ("ttft_ms", "tpot_ms", "attainment"))
         parsed[str(name)] = _targets(path, own, default)
     return SloPolicy(default=default, classes=parsed)
 
@@ -120,11 +121,10 @@ def check_classes(policy: SloPolicy, names: Sequence[str], *, where: str = "slo"
     """Refuse targets of a class that no request can have: nobody would be held to them."""
     for name in policy.classes:
         if name not in names:
-            near = difflib.get_close_matches(name, names, n=1, cutoff=0.0)[0]
             raise InvalidConfig(
                 f"{where}.classes.{name}",
                 f"no request has this class; the workload has {', '.join(names)}",
-                f"nearest is {near!r}, or give shares in workload.classes",
+                f"nearest is {nearest(name, names)!r}, or give shares in workload.classes",
             )
 
 
@@ -138,21 +138,13 @@ def _targets(where: str, section: Mapping[str, Any], default: SloTargets | None)
             f"{section['attainment']!r} is not a share",
             "give one above 0 and at most 1, as 0.9 for 90%",
         )
-    ttft_s = _positive(where, section, "ttft_ms", default.ttft_s * 1e3 if default else None)
-    tpot_s = _positive(where, section, "tpot_ms", default.tpot_s * 1e3 if default else None)
+    ttft_s = _milliseconds(where, section, "ttft_ms", default.ttft_s * 1e3 if default else None)
+    tpot_s = _milliseconds(where, section, "tpot_ms", default.tpot_s * 1e3 if default else None)
     return SloTargets(ttft_s=ttft_s / 1e3, tpot_s=tpot_s / 1e3, attainment=float(attainment))
 
 
-def _positive(where: str, section: Mapping[str, Any], key: str, default: float | None) -> float:
+def _milliseconds(where: str, section: Mapping[str, Any], key: str, default: float | None) -> float:
     value = section.get(key, default)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e12:
-        reason = "is missing" if value is None else f"{value!r} is not a positive number"
-        raise InvalidConfig(f"{where}.{key}", reason, "give milliseconds in digits, as 250 or 0.5")
-    return float(value)
-
-
-def _known_keys(where: str, section: Mapping[str, Any], known: tuple[str, ...]) -> None:
-    for key in section:
-        if key not in known:
-            near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.0)[0]
-            raise InvalidConfig(f"{where}.{key}", "unknown key", f"nearest is {near!r}")
+    if value is None:
+        raise InvalidConfig(f"{where}.{key}", "is missing", MILLISECONDS)
+    return positive(f"{where}.{key}", value, MILLISECONDS)

@@ -1,7 +1,8 @@
 """Readers of public request traces. A trace is columns; a bad line is named, never skipped.
 
-Formats are told apart by their header (CSV) or keys (JSON lines), `.gz` files are read as they
-are. Rows are sorted by arrival, stably. Knows neither torch nor ray, and no clock.
+Formats are told apart by their header (CSV) or keys (JSON lines), compressed files (gzip) by their
+first bytes. Lines without content do not count; rows are sorted by arrival, stably. Knows neither
+torch nor ray, and no clock.
 """
 
 from __future__ import annotations
@@ -10,9 +11,9 @@ import csv
 import gzip
 import json
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ FloatColumn = NDArray[np.float64]
 IntColumn = NDArray[np.int32]
 MOONCAKE_BLOCK_TOKENS = 512  # "block size is 512 tokens", README of the FAST'25 trace release
 MAX_TOKENS = 2**31 - 1
+GZIP = b"\x1f\x8b"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -102,8 +104,9 @@ def read_trace(path: str | Path, format: str = "auto") -> Trace:
 
 
 def _rows(path: Path) -> Iterator[tuple[int, Row]]:
-    opener = gzip.open if path.suffix == ".gz" else open
     try:
+        with open(path, "rb") as file:
+            opener = gzip.open if file.read(len(GZIP)) == GZIP else open
         with opener(path, "rt", encoding="utf-8-sig", newline="") as lines:
             first = next((word for line in lines if (word := line.strip())), "")[:1]
             lines.seek(0)
@@ -122,28 +125,35 @@ def _rows(path: Path) -> Iterator[tuple[int, Row]]:
         ) from error
 
 
-def _json_rows(path: Path, lines: Any) -> Iterator[tuple[int, Row]]:
+def _json_rows(path: Path, lines: Iterable[str]) -> Iterator[tuple[int, Row]]:
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         try:
             row = json.loads(line)
-        except (json.JSONDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:
             raise _bad_line(path, number, "JSON lines", error) from error
         if not isinstance(row, dict):
             raise _bad_line(path, number, "JSON lines", ValueError("not an object"))
         yield number, row
 
 
-def _csv_rows(path: Path, lines: Any) -> Iterator[tuple[int, Row]]:
-    reader = csv.DictReader(lines, skipinitialspace=True)
-    if reader.fieldnames:
-        _detect(path, reader.line_num, dict.fromkeys(reader.fieldnames))
+def _csv_rows(path: Path, lines: Iterable[str]) -> Iterator[tuple[int, Row]]:
+    reader = csv.reader(lines, skipinitialspace=True)
+    header: list[str] = []
     for row in reader:
-        if None in row or None in row.values():
-            error = ValueError(f"expected {len(reader.fieldnames or ())} columns")
+        if not any(row):
+            continue
+        if not header:
+            header = row
+            _detect(path, reader.line_num, dict.fromkeys(header))
+            if twice := [name for name in header if name and header.count(name) > 1]:
+                raise _bad_line(path, reader.line_num, "CSV", ValueError(f"{twice[0]!r} twice"))
+            continue
+        if len(row) != len(header):
+            error = ValueError(f"expected {len(header)} columns")
             raise _bad_line(path, reader.line_num, "CSV", error)
-        yield reader.line_num, row
+        yield reader.line_num, dict(zip(header, row, strict=True))
 
 
 def _bad_line(path: Path, line: int, format: str, error: Exception) -> InvalidConfig:
@@ -165,9 +175,11 @@ def _detect(path: Path, line: int, row: Row) -> str:
 
 
 def _tokens(value: Any) -> int:
-    if isinstance(value, bool) or (isinstance(value, float) and value != int(value)):
+    """Of a number or its digits; 374.0, as tables with gaps write it, is 374."""
+    number = float(value) if isinstance(value, str) and "." in value else value
+    if isinstance(number, bool) or (isinstance(number, float) and number != int(number)):
         raise ValueError(f"token count {value!r} is not a whole number")
-    tokens = int(value)
+    tokens = int(number)
     if not 1 <= tokens <= MAX_TOKENS:
         raise ValueError(f"token count {tokens} is not 1 to {MAX_TOKENS}")
     return tokens
@@ -175,8 +187,8 @@ def _tokens(value: Any) -> int:
 
 def _seconds(value: Any, scale: float = 1.0) -> float:
     seconds = float(value) * scale
-    if not np.isfinite(seconds):
-        raise ValueError(f"arrival time {value!r} is not finite")
+    if isinstance(value, bool) or not np.isfinite(seconds):
+        raise ValueError(f"arrival time {value!r} is no finite number")
     return seconds
 
 
@@ -188,12 +200,14 @@ def _blocks(value: Any) -> list[int]:
 
 
 def _azure(row: Row) -> Parsed:
-    """Azure 2023 and 2024 (and, with TIMESTAMP XXX, NanoFlow's length lists)."""
-    stamp = row["TIMESTAMP"].removesuffix("+00:00")
+    """Azure 2023 and 2024 (and, with TIMESTAMP XXX, NanoFlow's length lists).
+
+    Times without a zone are UTC. Of Azure's seven digits of a second's fraction six are kept.
+    """
     arrival_s = None
-    if stamp != "XXX":  # seven digits of fraction: one more than datetime keeps
-        arrival_s = datetime.fromisoformat(stamp[:19] + "+00:00").timestamp()
-        arrival_s += float("0" + stamp[19:]) if stamp[19:] else 0.0
+    if row["TIMESTAMP"] != "XXX":
+        moment = datetime.fromisoformat(row["TIMESTAMP"])
+        arrival_s = (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
     return arrival_s, _tokens(row["ContextTokens"]), _tokens(row["GeneratedTokens"]), None, None
 
 
@@ -221,10 +235,15 @@ def _burstgpt(row: Row) -> Parsed:
 
 
 def _own(row: Row) -> Parsed:
-    arrival_s = _seconds(row["arrival_s"]) if "arrival_s" in row else None
-    name = str(row["class"]) if "class" in row else None
-    hashes = _blocks(row["prefix_ids"]) if "prefix_ids" in row else None
-    return arrival_s, _tokens(row["prompt_tokens"]), _tokens(row["output_tokens"]), name, hashes
+    """Our own; null is as good as missing where a key may be missing."""
+    arrival, name, hashes = (row.get(key) for key in ("arrival_s", "class", "prefix_ids"))
+    return (
+        None if arrival is None else _seconds(arrival),
+        _tokens(row["prompt_tokens"]),
+        _tokens(row["output_tokens"]),
+        None if name is None else str(name),
+        None if hashes is None else _blocks(hashes),
+    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,6 @@ columns are read-only, so that simulations can share them. Knows neither torch n
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,10 +17,12 @@ from numpy.typing import NDArray
 from ...engine.errors import InvalidConfig
 from . import arrivals
 from .lengths import LengthDistribution, fit_lognormal, parse_length
+from .section import known_keys, positive
 from .traces import FloatColumn, IntColumn, PrefixHashes, Trace, read_trace
 
 LEFT_OUT_DRAWS = 10_000
 MOST = 1e9
+FULL_REDRAWS, REDRAWS = 100, 10_000
 DEFAULT_REQUESTS = 3000  # 300 are noise: five seeds of 300 gave 1.55 to 2.08 req/s for one shape
 
 
@@ -99,6 +100,13 @@ class WorkloadSpec:
         if self.class_shares is not None:
             return tuple(self.class_shares)
         return ("default",) if self.trace is None else self.trace.class_names
+
+    @property
+    def is_replayed_whole(self) -> bool:
+        """Whether all seeds make the same requests: those of the whole trace as it was recorded."""
+        if self.process != "trace" or self.class_shares is not None:
+            return False
+        return self.num_requests >= len(self._fitting_rows())
 
     @property
     def left_out_share(self) -> float:
@@ -181,16 +189,26 @@ class WorkloadSpec:
     def _distributed(
         self, prompt: LengthDistribution, output: LengthDistribution, rng: np.random.Generator
     ) -> tuple[IntColumn, IntColumn]:
-        """Independent lengths; what is too long in all is drawn again, at most 100 times."""
+        """Independent lengths; what is too long in all is drawn again.
+
+        Raises InvalidConfig where hardly any request fits, below one of a thousand.
+        """
         n = self.num_requests
         prompts, outputs = prompt.sample(n, rng), output.sample(n, rng)
         if self.max_total_tokens is None:
             return prompts, outputs
-        for _ in range(100):
-            long = np.flatnonzero(prompts.astype(np.int64) + outputs > self.max_total_tokens)
+        for round in range(REDRAWS):
+            total = prompts.astype(np.int64) + outputs
+            long = np.flatnonzero(total > self.max_total_tokens)
             if not len(long):
                 return prompts, outputs
-            prompts[long], outputs[long] = prompt.sample(n, rng)[long], output.sample(n, rng)[long]
+            if round == FULL_REDRAWS and len(long) == n:
+                break
+            if round < FULL_REDRAWS:  # of all: a seed's requests hang on it
+                again = prompt.sample(n, rng)[long], output.sample(n, rng)[long]
+            else:
+                again = prompt.sample(len(long), rng), output.sample(len(long), rng)
+            prompts[long], outputs[long] = again
         raise self._nothing_fits(int((prompts.astype(np.int64) + outputs).min()))
 
     def _fitting_rows(self) -> NDArray[np.int64]:
@@ -203,10 +221,12 @@ class WorkloadSpec:
         return rows
 
     def _nothing_fits(self, shortest: int) -> InvalidConfig:
+        limit = self.max_total_tokens
+        hold = "no" if limit is None or shortest > limit else "hardly a"
         return InvalidConfig(
             "model.max_model_len, workload.max_total_tokens",
-            f"{self.max_total_tokens} tokens hold no request, prompt and answer together: the "
-            f"shortest has {shortest}",
+            f"{limit} tokens hold {hold} request, prompt and answer together: the shortest has "
+            f"{shortest}",
             "raise the limit or give shorter lengths",
         )
 
@@ -230,7 +250,7 @@ def parse_workload(
     Raises InvalidConfig with the key path for unknown keys, wrong values and contradictions.
     """
     known = ("trace", "format", "arrivals", "rate_rps", "cv", "lengths", "num_requests")
-    _known_keys(where, section, (*known, "max_total_tokens", "classes"))
+    known_keys(where, section, (*known, "max_total_tokens", "classes"))
     trace = None
     if section.get("trace") is not None:
         trace = read_trace(base / str(section["trace"]), str(section.get("format", "auto")))
@@ -239,7 +259,7 @@ def parse_workload(
     lengths = section.get("lengths", "trace" if trace else None)
     prompt = output = None
     if isinstance(lengths, Mapping):
-        _known_keys(f"{where}.lengths", lengths, ("prompt", "output"))
+        known_keys(f"{where}.lengths", lengths, ("prompt", "output"))
         prompt = parse_length(f"{where}.lengths.prompt", lengths.get("prompt"))
         output = parse_length(f"{where}.lengths.output", lengths.get("output"))
     elif lengths not in ("trace", "fitted"):
@@ -287,24 +307,11 @@ def _check(where: str, spec: WorkloadSpec) -> None:
         raise InvalidConfig(f"{where}.lengths", "they need a trace", "give trace: FILE")
 
 
-def _known_keys(where: str, section: Mapping[str, Any], known: tuple[str, ...]) -> None:
-    for key in section:
-        if key not in known:
-            near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.0)[0]
-            raise InvalidConfig(f"{where}.{key}", "unknown key", f"nearest is {near!r}")
-
-
 def _number(where: str, section: Mapping[str, Any], key: str) -> float | None:
     value = section.get(key)
     if value is None:
         return None
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < MOST:
-        raise InvalidConfig(
-            f"{where}.{key}",
-            f"{value!r} is not a number above 0 and below {MOST:g}",
-            "write it in digits, as 0.5",
-        )
-    return float(value)
+    return positive(f"{where}.{key}", value, "write it in digits, as 0.5", below=MOST)
 
 
 def _count(where: str, section: Mapping[str, Any], key: str) -> int | None:

@@ -1,4 +1,4 @@
-"""What `--workload W` names: a trace, or a YAML file of a workload section.
+"""What `--workload W` names: a trace, or a YAML file of a workload section, as a plan file is.
 
 ```yaml
 workload: {arrivals: gamma, cv: 2, lengths: {prompt: {mean: 300, sigma: 0.8}, output: 120}}
@@ -13,7 +13,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ...configs.load import load_file
+from ...configs.load import load_file, load_plan, section_names
+from ...configs.plan_schema import PlanConfig
+from ...engine.errors import InvalidConfig
 from .slo import SloPolicy, check_classes, parse_slo
 from .workload import WorkloadSpec, parse_workload
 
@@ -33,17 +35,30 @@ def read_workload(
 ) -> tuple[WorkloadSpec, SloPolicy | None]:
     """The workload, at `rate_rps` where that is given, and the file's own targets if it has any.
 
-    Raises InvalidConfig with the key, or with the line of a trace.
+    Of a plan file its workload and its targets. Raises InvalidConfig with the key, or with the
+    line of a trace.
     """
-    file = WorkloadFile(workload={"trace": path.name})
-    if path.suffix in YAML:
-        file = load_file(WorkloadFile, path)
+    file = _sections(path)
     section = dict(file.workload)
     if rate_rps is not None:
         section["rate_rps"] = rate_rps
     spec = parse_workload(section, base=path.parent)
     if not file.slo:
         return spec, None
+    if "slowdown" in file.slo:
+        raise InvalidConfig(
+            "slo.slowdown",
+            "slowdowns are targets of plans alone: their reference is a simulated worker",
+            "give a file with the workload and slo: {ttft_ms: …, tpot_ms: …}",
+        )
     policy = parse_slo(file.slo)
     check_classes(policy, spec.class_names)
     return spec, policy
+
+
+def _sections(path: Path) -> WorkloadFile | PlanConfig:
+    if path.suffix not in YAML:
+        return WorkloadFile(workload={"trace": path.name})
+    if "inventory" in section_names(path):
+        return load_plan(path)
+    return load_file(WorkloadFile, path)

@@ -14,7 +14,7 @@ from phasewise.cluster.served_model import ServedModel
 from phasewise.cluster.worker_link import LinkTimes
 from phasewise.tests.cluster.fake_worker import VOCAB, FakeWorker
 
-LIMIT_S = 30.0
+LIMIT_S = 60.0
 
 
 @pytest.fixture
@@ -35,8 +35,8 @@ def serving() -> Any:
         served: ServedModel | None = None,
         http: bool = False,
         step_s: float = 0.002,
-        heartbeat_s: float = 0.5,
-        abort_s: float = 1.0,
+        heartbeat_s: float = 10.0,
+        abort_s: float = 30.0,
         **limits: Any,
     ) -> AsyncIterator[tuple[Gateway, list[FakeWorker], list[FakeWorker]]]:
         settings = GatewaySettings(
@@ -57,7 +57,7 @@ def serving() -> Any:
             stack.push_async_callback(gateway.stop)
             for worker in (*prefills, *decodes):
                 gateway.add_worker(worker.address, worker.role)
-            await gateway.wait_ready(10)
+            await gateway.wait_ready(30)
             yield gateway, prefills, decodes
 
     return open_gateway

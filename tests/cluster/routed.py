@@ -36,7 +36,7 @@ def tokens(pieces: list[Output], index: int = 0) -> list[int]:
 
 async def settled(gateway: Gateway, workers: list[FakeWorker]) -> None:
     """Until no worker holds a row and no slot or request is open."""
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(30):
         while (
             gateway.router.in_flight
             or any(w.link.num_slots for w in gateway.fleet.workers if w.link)

@@ -69,7 +69,8 @@ def admit(**fields: Any) -> Admitted:
         ("ttft_ms", {"ttft_ms": 0.0}),
         ("tpot_ms", {"tpot_ms": -1.0}),
         ("timeout_s", {"timeout_s": 0.0}),
-        ("slo_class", {"slo_class": "platinum"}),
+        ("slo_class", {"slo_class": "a" * 65}),
+        ("slo_class", {"slo_class": "a\nb"}),
         ("request_id", {"request_id": "a\nb"}),
         ("request_id", {"request_id": "a" * 300}),
     ],
@@ -105,7 +106,9 @@ def test_bounds_themselves_are_allowed() -> None:
         logprobs=0,
         min_tokens=16,
         priority=-3,
+        slo_class="of the client's own",
     )
+    assert admitted.slo_class == "of the client's own"
     assert admitted.sampling.logprobs == 0 and admitted.sampling.top_k == 0
     assert admitted.priority == -3
 

@@ -16,12 +16,15 @@ import pytest
 from phasewise.cluster.cli import EXIT_INPUT, main
 from phasewise.cluster.client import AsyncClient
 from phasewise.cluster.commands import bench
+from phasewise.cluster.gateway import Gateway, GatewaySettings
 from phasewise.cluster.loadgen.goodput import Hopeless, Trial, find_goodput
 from phasewise.cluster.loadgen.load import LEAD_S, Run, Sample, offer
 from phasewise.cluster.loadgen.report import Report, report_of
 from phasewise.cluster.loadgen.requests import requests_of
 from phasewise.cluster.proto import phasewise_pb2 as pb
+from phasewise.cluster.served_model import ServedModel
 from phasewise.configs.errors import InvalidConfig
+from phasewise.configs.schema import SloConfig
 from phasewise.engine.errors import Overloaded
 from phasewise.placement.workload.slo import SloPolicy, SloTargets
 from phasewise.placement.workload.traces import PrefixHashes
@@ -31,7 +34,7 @@ from phasewise.tests.serving.in_process import cluster
 
 ROOT = Path(__file__).parents[2]
 TINY = ROOT / "models" / "tiny"
-LIMIT_S = 60.0
+LIMIT_S = 100.0
 POLICY = SloPolicy(default=SloTargets(ttft_s=0.2, tpot_s=0.05, attainment=0.9), classes={})
 
 
@@ -258,6 +261,42 @@ def test_a_workload_is_a_trace_or_a_file_with_targets(tmp_path: Path) -> None:
         read_workload(tmp_path / "bad.yaml", rate_rps=1.0)
 
 
+def test_a_plan_file_is_a_workload_as_it_stands(tmp_path: Path) -> None:
+    spec, policy = read_workload(ROOT / "configs" / "plan-tiny-cpu.yaml")
+    assert policy is not None
+    assert (spec.rate_rps, policy.default.ttft_s, policy.default.tpot_s) == (4.0, 0.5, 0.1)
+    with pytest.raises(InvalidConfig, match="slo.slowdown"):
+        read_workload(ROOT / "configs" / "plan-splitwise-conversation.yaml", rate_rps=4.0)
+    (tmp_path / "p.yaml").write_text("workload: {lengths: {prompt: 5, output: 2}}\nmodle: {}\n")
+    with pytest.raises(InvalidConfig, match="modle"):
+        read_workload(tmp_path / "p.yaml", rate_rps=4.0)
+
+
+def test_targets_that_nobody_gave_are_those_of_the_cluster(tmp_path: Path) -> None:
+    (tmp_path / "w.yaml").write_text("workload: {lengths: {prompt: 5, output: 2}}\n")
+    words = ["--address", "a:1", "--workload", str(tmp_path / "w.yaml"), "--rate", "1"]
+    parser = argparse.ArgumentParser()
+    bench.add_arguments(parser)
+    settings = bench.settings_of(parser.parse_args([*words, "--slo-tpot-ms", "70"]))
+
+    async def work() -> bench.Bench:
+        slo = SloConfig(ttft_ms=432, tpot_ms=21, attainment=0.8)
+        gateway = Gateway(
+            ServedModel(name="m", vocab_size=9, max_model_len=64),
+            GatewaySettings(grpc_address="127.0.0.1:0", slo=slo),
+        )
+        await gateway.start()
+        try:
+            async with AsyncClient(gateway.grpc_address) as client:
+                return await bench.open_bench(client, settings)
+        finally:
+            await gateway.stop()
+
+    assert run(work()).settings.policy.default == SloTargets(
+        ttft_s=0.432, tpot_s=0.07, attainment=0.8
+    )
+
+
 @pytest.mark.parametrize("name", ["chat", "summarise", "write"])
 def test_the_workloads_that_come_with_the_package_are_valid(name: str) -> None:
     spec, policy = read_workload(ROOT / "configs" / f"workload-{name}.yaml", rate_rps=2.0)
@@ -286,7 +325,7 @@ def test_bad_flags_are_refused(flags: tuple[str, str], capsys: pytest.CaptureFix
 def measure(running: Any, **changes: Any) -> Any:
     spec, _ = read_workload(ROOT / "configs" / "workload-chat.yaml", rate_rps=40.0)
     settings = bench.Settings(
-        spec=replace(spec, max_total_tokens=120), policy=POLICY, warm_up=2, timeout_s=20
+        spec=replace(spec, max_total_tokens=60), policy=POLICY, warm_up=2, timeout_s=20
     )
 
     async def work() -> Any:
@@ -322,6 +361,7 @@ def test_goodput_of_a_real_cluster_is_searched_and_left_idle() -> None:
     loose = SloPolicy(default=SloTargets(ttft_s=60.0, tpot_s=60.0), classes={})
     found, in_flight = measure(search, policy=loose, duration_s=0.5)
     assert found.rate_rps == 60.0
+    assert "no rate that was tried failed" in bench._goodput_text(found, loose)
     assert in_flight == 0
     tight = SloPolicy(default=SloTargets(ttft_s=1e-6, tpot_s=1e-6), classes={})
     found, in_flight = measure(search, policy=tight, duration_s=0.5)

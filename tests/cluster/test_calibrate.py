@@ -25,7 +25,7 @@ PACED = (
     *("prefill.device=paced", "decode.device=paced", "paced.hardware=h100"),
     *("prefill.max_batch_tokens=100", f"model.max_model_len={MAX_MODEL_LEN}"),
 )
-LIMIT_S = 60.0
+LIMIT_S = 100.0
 
 
 def command(address: str, output: Path, *more: str) -> list[str]:

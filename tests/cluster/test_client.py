@@ -30,7 +30,7 @@ def in_thread(function: Any) -> Any:
 def test_sync_client_streams_tokens_usage_and_timings(run: Run, serving: Serving) -> None:
     def use(address: str) -> Any:
         with Client(address) as client:
-            client.wait_ready(5)
+            client.wait_ready(30)
             pieces = list(
                 client.generate(token_ids=[3, 4], max_tokens=6, temperature=0, logprobs=1)
             )
@@ -55,14 +55,14 @@ def test_closing_a_sync_generator_cancels_its_request(run: Run, serving: Serving
             pieces = client.generate(token_ids=[1], max_tokens=500)
             next(pieces)
             pieces.close()
-            closed.wait(5)
+            closed.wait(30)
 
     closed = threading.Event()
 
     async def scenario() -> None:
         async with serving() as (gateway, *_):
             using = asyncio.create_task(in_thread(lambda: use(gateway.grpc_address)))
-            async with asyncio.timeout(5):
+            async with asyncio.timeout(30):
                 while not gateway.metrics.ended["Cancelled"]:
                     await asyncio.sleep(0.005)
             closed.set()

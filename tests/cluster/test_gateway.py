@@ -33,11 +33,11 @@ def test_health_follows_whether_some_workers_can_serve(run: Run, serving: Servin
             grpc.aio.insecure_channel(gateway.grpc_address) as channel,
         ):
             serving_now = health_pb2.HealthCheckResponse.SERVING
-            async with asyncio.timeout(2):
+            async with asyncio.timeout(30):
                 while await health_of(channel, "phasewise.v1.Generation") != serving_now:
                     await asyncio.sleep(0.02)
             await decodes[0].stop()
-            async with asyncio.timeout(2):
+            async with asyncio.timeout(30):
                 while await health_of(channel, "") == serving_now:
                     await asyncio.sleep(0.02)
             assert await health_of(channel, "phasewise.v1.Admin") == serving_now
@@ -99,13 +99,13 @@ def test_deadline_of_the_call_is_the_deadline_of_the_request(run: Run, serving: 
         ):
             prefills[0].stalled = True
             request = pb.GenerateRequest(token_ids=[1])
-            call = GenerationStub(channel).Generate(request, timeout=0.3)
+            call = GenerationStub(channel).Generate(request, timeout=1.0)
             assert await call.code() == grpc.StatusCode.DEADLINE_EXCEEDED
             prefills[0].stalled = False
-            async with asyncio.timeout(5):
+            async with asyncio.timeout(30):
                 while gateway.router.in_flight:
                     await asyncio.sleep(0.01)
-            assert 0 < prefills[0].submits[0].request.deadline_s <= 0.3
+            assert 0 < prefills[0].submits[0].request.deadline_s <= 1.0
 
     run(scenario())
 
@@ -117,7 +117,7 @@ def test_client_that_goes_away_frees_the_workers(run: Run, serving: Serving) -> 
                 async for _ in client.generate(token_ids=[1], max_tokens=500):
                     if decodes[0].rows:
                         break
-            async with asyncio.timeout(5):
+            async with asyncio.timeout(30):
                 while gateway.router.in_flight or decodes[0].rows:
                     await asyncio.sleep(0.005)
             assert gateway.metrics.ended["Cancelled"] == 1
@@ -151,7 +151,7 @@ def test_status_shows_gateway_and_workers(run: Run, serving: Serving) -> None:
             row = rows["decode-0"]
             assert (row.state, row.role, row.pid) == ("ready", "decode", 4242)
             assert (row.blocks_total, row.blocks_free, row.open_slots) == (64, 64, 0)
-            assert row.incarnation and row.address and row.heartbeat_age_s < 5
+            assert row.incarnation and row.address and row.heartbeat_age_s < 30
 
     run(scenario())
 

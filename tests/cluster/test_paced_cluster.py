@@ -22,7 +22,7 @@ TINY = Path(__file__).parents[2] / "models" / "tiny"
 LOCAL = Path(__file__).parents[2] / "configs" / "local.yaml"
 H100 = PacedConfig(hardware="h100", link="network")
 PACED = ("prefill.device=paced", "decode.device=paced", "paced.hardware=h100")
-LIMIT_S = 30.0
+LIMIT_S = 60.0
 
 
 def prompts_and_streams(count: int, tokens: int) -> tuple[list[list[int]], list[list[int]]]:
@@ -52,7 +52,7 @@ def test_streams_are_the_reference_through_two_pools(mode: str) -> None:
 
 @pytest.mark.parametrize("lost", ["decode-0", "prefill-0"])
 def test_streams_stay_exact_when_a_paced_worker_is_lost(lost: str) -> None:
-    prompts, streams = prompts_and_streams(12, 700)
+    prompts, streams = prompts_and_streams(6, 700)
 
     async def work() -> None:
         started = asyncio.Event()

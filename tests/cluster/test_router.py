@@ -132,7 +132,7 @@ def test_deadline_ends_the_stream_and_aborts_the_worker(run: Run, serving: Servi
         async with serving() as (gateway, prefills, decodes):
             decodes[0].step_s = 0.05
             with pytest.raises(DeadlineExceeded):
-                await outputs(gateway, admitted(timeout_s=0.3, sampling={"max_tokens": 400}))
+                await outputs(gateway, admitted(timeout_s=1.0, sampling={"max_tokens": 400}))
             await settled(gateway, prefills + decodes)
             assert decodes[0].num_aborts == 1
 
@@ -145,7 +145,7 @@ def test_worker_that_never_answers_is_given_up_at_the_deadline(run: Run, serving
             prefills[0].stalled = True
             with pytest.raises(DeadlineExceeded):
                 await outputs(gateway, admitted(timeout_s=0.1))
-            async with asyncio.timeout(2):
+            async with asyncio.timeout(30):
                 while gateway.router.in_flight:
                     await asyncio.sleep(0.01)
 
@@ -217,7 +217,7 @@ def test_drain_finishes_what_runs_and_refuses_what_comes(run: Run, serving: Serv
         async with serving() as (gateway, *_):
             pending = asyncio.create_task(outputs(gateway, admitted(sampling={"max_tokens": 50})))
             await asyncio.sleep(0.02)
-            draining = asyncio.create_task(gateway.drain(10))
+            draining = asyncio.create_task(gateway.drain(30))
             await asyncio.sleep(0)
             with pytest.raises(Unavailable, match="shutting down"):
                 gateway.router.start(admitted("late"))

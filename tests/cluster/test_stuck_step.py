@@ -26,7 +26,7 @@ from .test_worker_link import message_of, stream_of
 
 TINY = Path(__file__).parents[2] / "models" / "tiny"
 STEP_S = 30.0  # as the workers here tell it; nobody waits for it
-TIMES = LinkTimes(connect_s=2.0, heartbeat_s=5.0, step_s=STEP_S)
+TIMES = LinkTimes(connect_s=10.0, heartbeat_s=10.0, step_s=STEP_S)
 
 
 def hang(worker: FakeWorker, age_s: float = STEP_S + 1) -> None:
@@ -79,7 +79,7 @@ def test_streams_of_a_worker_whose_step_hangs_go_on_unbroken_elsewhere(
     run: Run, serving: Serving, role: str
 ) -> None:
     async def scenario() -> None:
-        async with serving(prefill=2, decode=2, heartbeat_s=5.0, step_s=0.02) as served:
+        async with serving(prefill=2, decode=2, step_s=0.02) as served:
             gateway, prefills, decodes = served
             pending = [
                 asyncio.create_task(outputs(gateway, admitted(f"r{i}", [i]))) for i in range(6)
@@ -89,7 +89,8 @@ def test_streams_of_a_worker_whose_step_hangs_go_on_unbroken_elsewhere(
             for i, pieces in enumerate(await asyncio.gather(*pending)):
                 assert tokens(pieces) == expected([i], 8)
             row = next(w for w in gateway.fleet.workers if w.name == f"{role}-0")
-            assert "a model step has run" in row.reason
+            while "a model step has run" not in row.reason:
+                await asyncio.sleep(0.005)
 
     run(scenario())
 
@@ -119,7 +120,7 @@ def test_a_worker_whose_step_hangs_is_killed_and_replaced(
         assert WorkerId(name="decode-0", incarnation=1) not in launcher.live
         assert "a model step has run for 31 s" in caplog.text
 
-    asyncio.run(asyncio.wait_for(supervised(check), 30))
+    asyncio.run(asyncio.wait_for(supervised(check), 60))
 
 
 def slow_profile(path: Path) -> PacedConfig:
@@ -153,4 +154,4 @@ def test_a_real_worker_tells_how_old_its_step_is_while_it_runs(tmp_path: Path) -
             assert isinstance(outcome, Lost) and "a model step has run" in outcome.reason
             await link.close("done")
 
-    asyncio.run(asyncio.wait_for(scenario(), 30))
+    asyncio.run(asyncio.wait_for(scenario(), 60))

@@ -55,14 +55,14 @@ class LoopLauncher:
 
 
 async def until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(30):
         while not condition():
             await asyncio.sleep(0.01)
 
 
 async def supervised(check: Any, max_restarts: int = 3) -> None:
     loop = asyncio.get_running_loop()
-    fleet = Fleet(LinkTimes(heartbeat_s=0.5), loop.time)
+    fleet = Fleet(LinkTimes(heartbeat_s=10.0), loop.time)
     launcher = LoopLauncher()
     policy = RestartPolicy(max_restarts=max_restarts)
     supervisor = Supervisor(launcher, fleet, policy, loop.time, silence_s=0.5)
@@ -75,7 +75,7 @@ async def supervised(check: Any, max_restarts: int = 3) -> None:
 
 
 def run(check: Any, **options: Any) -> None:
-    asyncio.run(asyncio.wait_for(supervised(check, **options), 30))
+    asyncio.run(asyncio.wait_for(supervised(check, **options), 60))
 
 
 def is_ready(fleet: Fleet, role: str) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from phasewise.engine.errors import Overloaded, Unavailable
 from phasewise.engine.request import Request, SamplingParams
 from phasewise.tests.cluster.fake_worker import FakeWorker, Run, expected
 
-TIMES = LinkTimes(connect_s=2.0, heartbeat_s=0.3, abort_s=0.2)
+TIMES = LinkTimes(connect_s=10.0, heartbeat_s=10.0, abort_s=30.0)
 
 
 def stream_of(prompt: list[int], max_tokens: int = 5, **given: Any) -> TokenStream:
@@ -35,8 +36,8 @@ def message_of(stream: TokenStream) -> pb.Request:
     return wire.request_to_pb(stream.request, now_s=0.0, deadline_s=0.0)
 
 
-async def linked(worker: FakeWorker) -> WorkerLink:
-    link = WorkerLink(worker.address, TIMES, time.monotonic)
+async def linked(worker: FakeWorker, **times: float) -> WorkerLink:
+    link = WorkerLink(worker.address, replace(TIMES, **times), time.monotonic)
     await link.connect()
     return link
 
@@ -105,7 +106,7 @@ def test_every_open_slot_is_lost_when_the_worker_is(run: Run, fault: str) -> Non
     async def scenario() -> None:
         worker = await FakeWorker("decode", "d").start()
         worker.stalled = True
-        link = await linked(worker)
+        link = await linked(worker, heartbeat_s=0.3)
         slots = [link.submit(s := stream_of([i]), message_of(s), None) for i in range(5)]
         await asyncio.sleep(0.02)
         if fault == "stop":
@@ -132,7 +133,9 @@ def test_abort_is_answered_once_and_an_unanswered_one_is_given_up(run: Run) -> N
         link.abort(slot)
         assert (await slot.outcome).code == pb.Failed.CANCELLED
         assert worker.num_aborts == 1
+        await link.close("done")
         worker.stalled = True
+        link = await linked(worker, abort_s=0.2)
         slot = link.submit(stream, message_of(stream), None)
         await asyncio.sleep(0.02)
         link.abort(slot)
@@ -187,7 +190,7 @@ def test_a_question_to_a_closed_link_is_answered_with_unavailable(run: Run, when
         worker.mute = asyncio.Event()
         if when == "before":
             await link.close("done")
-        asked = asyncio.create_task(link.describe(5.0))
+        asked = asyncio.create_task(link.describe(30.0))
         await asyncio.sleep(0.05)
         await link.close("done")
         with pytest.raises(Unavailable):
@@ -203,7 +206,7 @@ def test_whoever_asks_can_still_be_cancelled(run: Run) -> None:
         worker = await FakeWorker("decode", "d").start()
         link = await linked(worker)
         worker.mute = asyncio.Event()
-        asked = asyncio.create_task(link.describe(5.0))
+        asked = asyncio.create_task(link.describe(30.0))
         await asyncio.sleep(0.05)
         asked.cancel()
         with pytest.raises(asyncio.CancelledError):

@@ -58,6 +58,18 @@ def test_a_single_prompt_pays_every_overhead_on_its_way_once() -> None:
     assert run.ttft_s[0] == pytest.approx(expected)
 
 
+def test_prompts_that_share_a_step_pay_for_its_host_work_once() -> None:
+    together = Workload(
+        arrival_s=np.zeros(8),
+        prompt_tokens=np.full(8, 40, np.int32),
+        output_tokens=np.ones(8, np.int32),
+    )
+    run = simulate(twin(Overheads(prompt_s=0.002)), together)
+    free = simulate(twin(Overheads()), together)
+    assert run.workers[0].steps == free.workers[0].steps == 1
+    assert run.ttft_s == pytest.approx(free.ttft_s + 0.002)
+
+
 def test_a_row_pays_its_share_of_host_work_in_every_step() -> None:
     free = simulate(twin(Overheads()), one(100, 11))
     taxed = simulate(twin(Overheads(row_s=0.001)), one(100, 11))

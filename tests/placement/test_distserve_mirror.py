@@ -1,18 +1,27 @@
-"""The mirror against a literal event simulation of the same rules, one event a stage and step."""
+"""The mirrors against a literal event simulation of the same rules, one event a stage and step."""
 
 from __future__ import annotations
 
 import heapq
 import itertools
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 from phasewise.engine.errors import InvalidConfig
-from phasewise.placement.latency.distserve_profile import DistServeCoefficients
-from phasewise.placement.recurrences.distserve_mirror import MirrorPhase, mirror
+from phasewise.placement.latency.distserve_profile import (
+    DistServeCoefficients,
+    read_distserve_profile,
+    read_max_num_tokens,
+)
+from phasewise.placement.recurrences.distserve_mirror import MirrorPhase, MirrorTimes, mirror
+from phasewise.placement.recurrences.vllm_mirror import mirror_vllm
+from phasewise.placement.workload import arrivals
 from phasewise.placement.workload.workload import Workload
+
+DATA = Path(__file__).parent / "data"
 
 # facebook/opt-13b at tensor parallel 2 and 1 on A100-80GB (profiler-a100-80g.distserve.json).
 OPT_13B_TP2 = DistServeCoefficients(
@@ -42,11 +51,12 @@ class Job:
 
 @dataclass
 class Stage:
-    """One worker of an instance: a queue, and at most one step in progress."""
+    """One worker of an instance: two queues, and at most one step in progress."""
 
     rank: int
     last: bool
-    queue: list[Job] = field(default_factory=list)
+    prompts: list[Job] = field(default_factory=list)
+    rows: list[Job] = field(default_factory=list)
     following: Stage | None = None
     in_step: int = 0
     busy: bool = False
@@ -56,13 +66,14 @@ class Stage:
 class LiteralSimulation:
     """An event heap; nothing is jumped or summed up. Ties go by the order of scheduling."""
 
-    def __init__(self, prefill: MirrorPhase, decode: MirrorPhase) -> None:
+    def __init__(self, prefill: MirrorPhase, decode: MirrorPhase | None) -> None:
+        """`decode` None: the same instances do both, prompts first."""
         self.events: list[tuple[float, int, Callable[[], None]]] = []
         self.numbers = itertools.count()
         self.now = 0.0
-        self.prefill, self.decode = prefill, decode
+        self.prefill, self.decode = prefill, decode or prefill
         self.prefill_heads = [self.chain(prefill) for _ in range(prefill.instances)]
-        self.decode_heads = [self.chain(decode) for _ in range(decode.instances)]
+        self.decode_heads = [self.chain(decode) for _ in range(decode.instances)] if decode else []
 
     @staticmethod
     def chain(phase: MirrorPhase) -> Stage:
@@ -82,32 +93,36 @@ class LiteralSimulation:
             self.now, _, action = heapq.heappop(self.events)
             action()
 
-    def wake(self, stage: Stage, begin: Callable[[Stage], None]) -> None:
+    def wake(self, stage: Stage) -> None:
         if not stage.busy and not stage.woken:
             stage.woken = True
-            self.at(self.now, lambda: begin(stage))
+            self.at(self.now, lambda: self.begin(stage))
 
     def arrive(self, job: Job) -> None:
-        head = min(self.prefill_heads, key=lambda s: s.in_step + len(s.queue))
-        head.queue.append(job)
-        self.wake(head, self.begin_prefill)
+        head = min(self.prefill_heads, key=lambda s: s.in_step + len(s.prompts))
+        head.prompts.append(job)
+        self.wake(head)
+
+    def begin(self, stage: Stage) -> None:
+        stage.woken, stage.busy = False, bool(stage.prompts or stage.rows)
+        if stage.prompts:
+            self.begin_prefill(stage)
+        elif stage.rows:
+            self.begin_decode(stage)
 
     def begin_prefill(self, stage: Stage) -> None:
-        stage.woken, stage.busy = False, bool(stage.queue)
-        if not stage.queue:
-            return
         batch: list[Job] = []
         if stage.rank == 0:
             chunk, room = next(self.numbers), self.prefill.max_tokens
-            while stage.queue and stage.queue[0].prompt <= room:
-                job = stage.queue.pop(0)
+            while stage.prompts and stage.prompts[0].prompt <= room:
+                job = stage.prompts.pop(0)
                 job.chunk = chunk
                 room -= job.prompt
                 batch.append(job)
         else:
-            chunk = stage.queue[0].chunk
-            while stage.queue and stage.queue[0].chunk == chunk:
-                batch.append(stage.queue.pop(0))
+            chunk = stage.prompts[0].chunk
+            while stage.prompts and stage.prompts[0].chunk == chunk:
+                batch.append(stage.prompts.pop(0))
         lengths = [job.prompt for job in batch]
         a, b, c = self.prefill.coefficients.prefill
         pp = self.prefill.pipeline_parallel
@@ -118,27 +133,26 @@ class LiteralSimulation:
         self.at(self.now + delay, lambda: self.end_prefill(stage, batch))
 
     def end_prefill(self, stage: Stage, batch: list[Job]) -> None:
+        assert stage.following
         stage.in_step = 0
         for job in batch:
+            following = stage.following
             if stage.last:
                 job.first = self.now
-                head = min(self.decode_heads, key=lambda s: len(s.queue))
-                head.queue.append(job)
-                self.wake(head, self.begin_decode)
+                if self.decode_heads:
+                    following = min(self.decode_heads, key=lambda s: len(s.rows))
+                following.rows.append(job)
             else:
-                assert stage.following
-                stage.following.queue.append(job)
-                self.wake(stage.following, self.begin_prefill)
+                following.prompts.append(job)
+            if following is not stage:
+                self.wake(following)
         stage.busy = False
-        self.begin_prefill(stage)
+        self.begin(stage)
 
     def begin_decode(self, stage: Stage) -> None:
-        stage.woken, stage.busy = False, bool(stage.queue)
-        if not stage.queue:
-            return
         batch, room = [], self.decode.max_tokens
-        while stage.queue and stage.queue[0].prompt + stage.queue[0].done + 1 <= room:
-            job = stage.queue.pop(0)
+        while stage.rows and stage.rows[0].prompt + stage.rows[0].done + 1 <= room:
+            job = stage.rows.pop(0)
             room -= job.prompt + job.done + 1
             batch.append(job)
         context = sum(job.prompt + job.done for job in batch)
@@ -156,11 +170,11 @@ class LiteralSimulation:
             if job.done == job.output:
                 job.last = self.now
             else:
-                stage.following.queue.append(job)
+                stage.following.rows.append(job)
         stage.busy = False
-        if stage.following is not stage and stage.following.queue:
-            self.wake(stage.following, self.begin_decode)
-        self.begin_decode(stage)
+        if stage.following is not stage and stage.following.rows:
+            self.wake(stage.following)
+        self.begin(stage)
 
 
 def poisson_jobs(rate_rps: float, num_requests: int, seed: int) -> Workload:
@@ -173,7 +187,7 @@ def poisson_jobs(rate_rps: float, num_requests: int, seed: int) -> Workload:
 
 
 def literal_times(
-    workload: Workload, prefill: MirrorPhase, decode: MirrorPhase
+    workload: Workload, prefill: MirrorPhase, decode: MirrorPhase | None
 ) -> tuple[np.ndarray, np.ndarray]:
     jobs = [
         Job(prompt=int(p), output=int(o), arrival=float(a) * 1000)
@@ -194,7 +208,7 @@ def literal_times(
 def test_every_request_has_the_times_of_the_literal_simulation(
     pipelines: tuple[int, int], instances: tuple[int, int], limits: tuple[int, int], rate_rps: float
 ) -> None:
-    workload = poisson_jobs(rate_rps, 120, seed=int(rate_rps) + pipelines[1])
+    workload = poisson_jobs(rate_rps, 60, seed=int(rate_rps) + pipelines[1])
     prefill, decode = (
         MirrorPhase(
             coefficients=coefficients,
@@ -205,19 +219,90 @@ def test_every_request_has_the_times_of_the_literal_simulation(
         for i, coefficients in enumerate((OPT_13B_TP2, OPT_13B_TP1))
     )
     ttft_s, tpot_s = literal_times(workload, prefill, decode)
-    times = mirror(workload, prefill, decode)
+    assert_equal(mirror(workload, prefill, decode), ttft_s, tpot_s)
+
+
+def assert_equal(times: MirrorTimes, ttft_s: np.ndarray, tpot_s: np.ndarray) -> None:
     np.testing.assert_allclose(times.ttft_s, ttft_s, rtol=0, atol=1e-9)
     np.testing.assert_allclose(times.tpot_s, tpot_s, rtol=0, atol=1e-9)
+
+
+ARRIVALS = {
+    "fixed": lambda rate_rps, rng: arrivals.uniform(60, rate_rps),
+    "poisson": lambda rate_rps, rng: arrivals.poisson(60, rate_rps, rng),
+    "gamma": lambda rate_rps, rng: arrivals.gamma(60, rate_rps, 4.0, rng),
+}
+
+
+@pytest.mark.parametrize("arrive", ARRIVALS)
+@pytest.mark.parametrize(
+    ("model", "tp"), [("13b", t) for t in (1, 2, 4)] + [("66b", t) for t in (2, 3, 4, 8)]
+)
+def test_so_it_is_for_every_published_profile_memory_and_arrival(
+    model: str, tp: int, arrive: str
+) -> None:
+    """Both engines' coefficients, with the memory published for them."""
+    rng = np.random.default_rng(tp)
+    rate_rps, pp = {"13b": 6.0, "66b": 1.5}[model], int(rng.integers(1, 4))
+    workload = replace(
+        poisson_jobs(rate_rps, 60, seed=tp), arrival_s=ARRIVALS[arrive](rate_rps, rng)
+    )
+    name = f"facebook/opt-{model}"
+    room = read_max_num_tokens(DATA / "distserve_max_num_tokens.csv").get((name, tp, pp), 10**7)
+    own, vllm = (
+        MirrorPhase(
+            coefficients=read_distserve_profile(DATA / f"distserve_{engine}.json")[name, tp],
+            pipeline_parallel=pp,
+            instances=int(rng.integers(1, 3)),
+            max_tokens=room,
+        )
+        for engine in ("distserve", "vllm")
+    )
+    assert_equal(mirror(workload, own, own), *literal_times(workload, own, own))
+    assert_equal(mirror_vllm(workload, vllm), *literal_times(workload, vllm, None))
+
+
+@pytest.mark.parametrize("pipeline", [1, 2, 4])
+@pytest.mark.parametrize("instances", [1, 2])
+@pytest.mark.parametrize("limit", [10**7, 4000])
+@pytest.mark.parametrize("rate_rps", [1.0, 9.0])
+def test_the_baseline_has_the_times_of_the_literal_simulation(
+    pipeline: int, instances: int, limit: int, rate_rps: float
+) -> None:
+    workload = poisson_jobs(rate_rps, 50, seed=int(rate_rps) + pipeline)
+    workers = MirrorPhase(
+        coefficients=OPT_13B_TP1,
+        pipeline_parallel=pipeline,
+        instances=instances,
+        max_tokens=limit,
+    )
+    assert_equal(mirror_vllm(workload, workers), *literal_times(workload, workers, None))
+
+
+def test_prompts_that_arrive_while_rows_decode_wait_for_one_step_only() -> None:
+    """Worked out by hand: the row's step of 10 ms + 2 ms ends before the second prompt starts."""
+    flat = replace(
+        OPT_13B_TP1, prefill=(100.0, 0.0, 0.0), decode_small=(10.0, 0.0, 0.0), large_from_rows=99
+    )
+    workload = Workload(
+        arrival_s=np.array([0.0, 0.110]),
+        prompt_tokens=np.array([1, 1], dtype=np.int32),
+        output_tokens=np.array([2, 1], dtype=np.int32),
+    )
+    times = mirror_vllm(workload, MirrorPhase(coefficients=flat))
+    # 103.0001 ms a prefill step; rows from 103.0001 on, steps of 12 ms and 0.1 us a token.
+    first, step = 0.1030001, 0.0120001
+    second = first + step + first
+    assert times.ttft_s.tolist() == pytest.approx([first, second - 0.110])
+    last = second + 0.012 + 1e-7 * (2 + 1)  # both rows together
+    assert times.finish_s.tolist() == pytest.approx([last, last])
 
 
 def test_decode_batches_past_the_threshold_use_the_large_coefficients() -> None:
     workload = poisson_jobs(60.0, 300, seed=3)
     prefill = MirrorPhase(coefficients=OPT_13B_TP2, instances=4)
     decode = MirrorPhase(coefficients=OPT_13B_TP1)
-    times = mirror(workload, prefill, decode)
-    ttft_s, tpot_s = literal_times(workload, prefill, decode)
-    np.testing.assert_allclose(times.ttft_s, ttft_s, rtol=0, atol=1e-9)
-    np.testing.assert_allclose(times.tpot_s, tpot_s, rtol=0, atol=1e-9)
+    assert_equal(mirror(workload, prefill, decode), *literal_times(workload, prefill, decode))
 
 
 def test_requests_that_arrive_at_one_instant_share_the_first_batch() -> None:
@@ -237,3 +322,5 @@ def test_a_request_that_never_fits_is_named_instead_of_waiting_for_ever() -> Non
     phase = MirrorPhase(coefficients=OPT_13B_TP1, max_tokens=50)
     with pytest.raises(InvalidConfig, match="request 0"):
         mirror(workload, phase, phase)
+    with pytest.raises(InvalidConfig, match="request 0"):
+        mirror_vllm(workload, phase)

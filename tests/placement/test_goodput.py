@@ -93,6 +93,14 @@ def test_a_target_that_no_rate_meets_has_goodput_zero() -> None:
     assert found.binds == "tpot"
 
 
+def test_a_rate_so_low_that_times_have_no_digits_left_for_a_second_is_not_tried() -> None:
+    def simulation(workload: Workload, _: StopRule | None) -> Times:
+        first_s = workload.arrival_s + 1.0
+        return Times(first_s - workload.arrival_s, np.full(workload.num_requests, 0.01))
+
+    assert goodput(simulation, SPEC, judge(ttft_s=0.5), seeds=(0, 1)).rate_rps == 0.0
+
+
 def test_a_request_counts_only_when_it_meets_both() -> None:
     """Even rows miss TPOT, odd rows above the limit miss TTFT."""
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from phasewise.engine.errors import InvalidConfig
 from phasewise.engine.step_time import StepCoefficients, StepFeatures
+from phasewise.placement.latency.extrapolation import beyond, longest_chunk, mean_decode_step
 from phasewise.placement.latency.fitting import (
     contradicted,
     fit_coefficients,
@@ -30,6 +31,8 @@ from phasewise.placement.latency.step_profile import (
     read_profile,
     write_profile,
 )
+from phasewise.placement.workload.lengths import Fixed
+from phasewise.placement.workload.workload import WorkloadSpec
 
 TRUE = StepCoefficients(
     base_s=5e-3, new_token_s=4e-5, attention_s=2e-9, decode_row_s=1e-5, decode_context_s=3e-8
@@ -118,10 +121,35 @@ def test_knots_are_far_apart_and_keep_both_ends() -> None:
 
 def test_answers_beyond_what_was_measured_say_so() -> None:
     latency = profile(profiled(TRUE)).phase("mixed")
-    assert not latency.estimate(decode_features(64, 4096)).extrapolated
-    assert latency.estimate(decode_features(65, 10)).extrapolated
-    assert latency.estimate(prompt_features(4096)).extrapolated
-    assert latency.estimate(prompt_features(2048, 9000)).extrapolated
+    assert not latency.limits.exceeded_by(decode_features(64, 4096))
+    assert latency.limits.exceeded_by(decode_features(65, 10))
+    assert latency.limits.exceeded_by(prompt_features(4096))
+    assert latency.limits.exceeded_by(prompt_features(2048, 9000))
+
+
+def test_a_workload_that_asks_for_more_than_was_measured_is_told_in_words() -> None:
+    """Measured up to 2,048 tokens and 64 rows. Little: 10 req/s · 100 tokens · 0.2 s = 200 rows."""
+    workload = WorkloadSpec(
+        rate_rps=10.0, prompt=Fixed(tokens=5000), output=Fixed(tokens=101), num_requests=4
+    ).build(0)
+    step = mean_decode_step(workload, rate_rps=10.0, tpot_s=0.2, workers=2)
+    assert step == decode_features(100, 5050)
+    source = profile(profiled(TRUE))
+    for budget, beyond_measured in ((8192, True), (512, False)):
+        chunk = longest_chunk(workload, budget)
+        assert chunk == prompt_features(min(budget, 5000), 5000 - min(budget, 5000))
+        words = beyond(source.phase("prefill"), chunk, step)
+        assert any("5,000 new tokens" in line for line in words) == beyond_measured
+    assert "100 decoding rows, known up to 64" in " ".join(
+        beyond(source.phase("decode"), chunk, step)
+    )
+    within = decode_features(64, 10), prompt_features(128)
+    assert not beyond(source.phase("mixed"), within[1], within[0])
+
+
+def test_answers_of_one_token_ask_for_no_decode_step() -> None:
+    workload = WorkloadSpec(rate_rps=1.0, prompt=Fixed(tokens=9), output=Fixed(tokens=1)).build(0)
+    assert mean_decode_step(workload, rate_rps=1.0, tpot_s=0.0, workers=1) == StepFeatures()
 
 
 def test_the_last_slope_goes_on_beyond_the_last_knot() -> None:

@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 from phasewise.configs.load import load_plan
 from phasewise.engine.errors import InvalidConfig
+from phasewise.placement.report.explain import explain
+from phasewise.placement.report.plan_file import heading
 from phasewise.placement.search.algorithms import Search
 from phasewise.placement.search.infeasible import Infeasible, check_config
 from phasewise.placement.search.phase_search import PhaseSearch
@@ -16,6 +18,7 @@ from phasewise.placement.search.units import bundles_of
 
 from .plan_problems import plan, problem, silent, written
 
+APART = ("search.colocated=false",)
 TWO_CLASSES = ("workload.classes.chat=1", "workload.classes.code=1")
 
 
@@ -57,6 +60,8 @@ def test_spares_stand_in_the_inventory_and_in_the_price() -> None:
         for role, pool in zip(("prefill", "decode"), placement.pools, strict=True)
         for i in range(pool.count + 1)
     }
+    assert "Replicas count 1 spare worker in each pool" in heading(found)
+    assert "simulated:" not in explain(found, None, [])
 
 
 @pytest.mark.parametrize(
@@ -74,8 +79,8 @@ def test_spares_stand_in_the_inventory_and_in_the_price() -> None:
         (("kv.memory=1KiB",), "kv.memory"),
         (("kv.memory=1TiB",), "kv.memory"),
         (("model.max_model_len=9000000",), "model.max_model_len"),
-        ((*TWO_CLASSES, "slo.classes.code.ttft_ms=2"), r"slo\.classes\.code\.ttft_ms"),
-        ((*TWO_CLASSES, "slo.classes.code.tpot_ms=0.5"), r"slo\.classes\.code\.tpot_ms"),
+        ((*APART, *TWO_CLASSES, "slo.classes.code.ttft_ms=2"), r"slo\.classes\.code\.ttft_ms"),
+        ((*APART, *TWO_CLASSES, "slo.classes.code.tpot_ms=0.5"), r"slo\.classes\.code\.tpot_ms"),
     ],
 )
 def test_what_cannot_be_names_what_binds_and_the_nearest_that_can(
@@ -91,11 +96,11 @@ def test_what_cannot_be_names_what_binds_and_the_nearest_that_can(
 @pytest.mark.parametrize(
     "overrides",
     [
-        ("kv.memory=1KiB", "workload.rate_rps=0.1"),
+        ("kv.memory=1KiB", "workload.rate_rps=0.1", *APART),
         ("kv.memory=1TiB",),
         ("model.max_model_len=9000000",),
-        ("slo.ttft_ms=2", "workload.rate_rps=0.1", "search.colocated=false"),
-        ("slo.tpot_ms=0.5", "workload.rate_rps=0.1"),
+        ("slo.ttft_ms=2", "workload.rate_rps=0.1", *APART),
+        ("slo.tpot_ms=0.5", "workload.rate_rps=0.1", *APART),
     ],
 )
 def test_the_nearest_that_is_named_can_be_met(overrides: tuple[str, ...]) -> None:

@@ -9,10 +9,10 @@ import pytest
 from phasewise.engine.step_time import StepCoefficients, StepFeatures
 from phasewise.placement.recurrences.served_steps import in_service, prefill_stretch, seen_by
 from phasewise.placement.search.candidates import parse_placement
-from phasewise.placement.search.colocated import outcome
+from phasewise.placement.search.colocated import Colocated
+from phasewise.placement.search.deployed import deployment_of
 from phasewise.placement.search.phase_search import PhaseSearch
 from phasewise.placement.search.problem import Problem
-from phasewise.placement.search.verify import deployment_of
 from phasewise.placement.simulation.deployment import Overheads, WorkerModel
 from phasewise.placement.simulation.simulator import simulate
 from phasewise.placement.simulation.stages import Stages
@@ -41,7 +41,9 @@ def test_a_step_takes_what_the_simulator_spends_on_it(features: StepFeatures) ->
     worker = WorkerModel(name="decode-0", latency=latency(STEP), num_blocks=10)
     prompts = 3 if features.new_tokens else 0
     spent_s = Stages(worker, costs, None).run(features, 0.0, prompts)
-    found_s = in_service(latency(STEP), costs).total_s(features) + prompts * costs.prompt_s
+    found_s = in_service(latency(STEP), costs).total_s(features)
+    if prompts:
+        found_s += costs.prompt_s
     assert found_s == pytest.approx(spent_s, rel=1e-12)
 
 
@@ -74,7 +76,7 @@ def test_recurrences_are_near_the_simulation_with_overheads(
     phases = PhaseSearch(asked)
     prefill, decode = placement.prefill, placement.decode
     if prefill is None:
-        found = outcome(phases, decode.shape, rate_rps / decode.count, decode.count)
+        found = Colocated(phases).outcome(decode.shape, rate_rps / decode.count, decode.count)
     else:
         behind_s = phases.behind_s(prefill.shape, decode.shape, local=False)
         found = phases.outcome(prefill.shape, 1, decode.shape, 1, rate_rps, behind_s)

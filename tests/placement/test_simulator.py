@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from phasewise.engine.errors import InvalidConfig
 from phasewise.placement.latency.distserve_profile import DistServeLatency, read_distserve_profile
-from phasewise.placement.latency.transfer import Link, layerwise
+from phasewise.placement.latency.transfer import Link, layerwise_s
 from phasewise.placement.recurrences import queueing
 from phasewise.placement.recurrences.distserve_mirror import MirrorPhase, mirror
 from phasewise.placement.simulation.deployment import Deployment, Failure, Overheads, replicas
@@ -195,8 +195,8 @@ def test_a_pushed_prompt_alone_arrives_as_layerwise_says() -> None:
     for bytes_per_s in (1e5, 1e6, 1e8):
         link = Link(bytes_per_s=bytes_per_s)
         run = simulate(pair(network=Network(local=link)), at((0.0, 300, 2)))
-        expected = layerwise(300, 1000.0, 10, float(run.prefill_s[0]), link)
-        assert run.transfer_s[0] == pytest.approx(expected.visible_s, rel=1e-9)
+        expected_s = layerwise_s(300 * 1000.0, 10, float(run.prefill_s[0]), link)
+        assert run.transfer_s[0] == pytest.approx(expected_s, rel=1e-9)
 
 
 def test_two_transfers_over_one_link_take_twice_as_long() -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -102,7 +104,7 @@ def test_half_of_a_table_predicts_the_other_half() -> None:
 
 
 def test_all_reduces_in_a_node_take_what_nccl_takes_and_across_nodes_far_more() -> None:
-    rows = tables.read_vidur_all_reduce(DATA / "vidur_all_reduce.csv.gz")
+    rows = tables.read_vidur_collective(DATA / "vidur_all_reduce.csv.gz")
     sheet = read_hardware("a100-80g")
     for row in rows:
         if row.machine == "a100_dgx" and row.num_bytes > 2**22:
@@ -111,15 +113,62 @@ def test_all_reduces_in_a_node_take_what_nccl_takes_and_across_nodes_far_more() 
             assert (row.seconds < 1.4 * expected) == inside
 
 
-def test_a_table_with_a_broken_row_is_refused_with_its_line(tmp_path: Path) -> None:
-    head = (
-        "model,hardware,prompt_size,batch_size,token_size,prompt_time,token_time,tensor_parallel\n"
-    )
-    for row in ("m,h100,512,1,128,x,30,8", "m,h100,512,1,128,60,-1,8", "m,h100,512,1"):
-        file = tmp_path / "t.csv"
-        file.write_text(f"{head}m,h100,512,1,128,60,30,8\n{row}\n")
-        with pytest.raises(InvalidConfig, match=r"t\.csv:3"):
-            tables.read_splitwise(file)
+@pytest.mark.parametrize("collective", ["all_reduce", "send_recv"])
+def test_collectives_are_read_as_published_a_row_a_rank(
+    collective: Literal["all_reduce", "send_recv"], tmp_path: Path
+) -> None:
+    file = tmp_path / "h100_dgx" / f"{collective}.csv"
+    file.parent.mkdir()
+    head = f",time_stats.{collective}.median,rank,num_workers,size,devices_per_node\n"
+    file.write_text(f"{head}0,0.010,0,2,2048,1\n1,0.014,1,2,2048,1\n2,0.020,0,2,4096,1\n")
+    rows = tables.read_vidur_collective(file, collective)
+    assert [(r.machine, r.devices, r.a_node, r.num_bytes) for r in rows] == [
+        ("h100_dgx", 2, 1, 2048),
+        ("h100_dgx", 2, 1, 4096),
+    ]
+    assert [row.seconds for row in rows] == pytest.approx([12e-6, 20e-6])
+
+
+SPLITWISE_HEAD = (
+    "model,hardware,prompt_size,batch_size,token_size,prompt_time,token_time,tensor_parallel\n"
+)
+VIDUR_HEAD = "num_tokens,n_embd,n_head,n_kv_head,n_expanded_embd,vocab_size,use_gated_mlp,"
+VIDUR_HEAD += "num_tensor_parallel_workers,time_stats.add.median\n"
+READERS: dict[str, tuple[Callable[[Path], object], str]] = {
+    "splitwise": (tables.read_splitwise, f"{SPLITWISE_HEAD}m,h100,512,1,128,60,30,8\n"),
+    "layers": (tables.read_vidur_layers, f"{VIDUR_HEAD}8,64,4,4,128,99,True,1,0.5\n"),
+    "collective": (
+        tables.read_vidur_collective,
+        "num_workers,size,devices_per_node,time_stats.all_reduce.median\n2,8,2,0.1\n",
+    ),
+    "attention": (
+        lambda file: tables.read_vidur_attention(file, model="m", hardware="h"),
+        "is_prefill,batch_size,kv_cache_size,prefill_chunk_size,num_tensor_parallel_workers,"
+        "time_stats.attn_decode.median\nFalse,2,64,0,1,0.1\n",
+    ),
+    "helix": (
+        lambda file: tables.read_helix(file, file, model="m", hardware="h", tp=1, num_layers=1),
+        "0,0\n250,1\n",
+    ),
+}
+
+
+@pytest.mark.parametrize("bom", ["", "\ufeff"])
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+@pytest.mark.parametrize("name", READERS)
+def test_a_table_with_a_broken_row_is_refused_with_its_line(
+    name: str, end: str, bom: str, tmp_path: Path
+) -> None:
+    read, text = READERS[name]
+    file = tmp_path / "t.csv"
+    file.write_bytes((bom + text).replace("\n", end).encode())
+    read(file)
+    *_, last = text.splitlines()
+    cells = last.split(",")
+    for broken in ([*cells[:-1], "x"], [*cells[:-1], "-1"], cells[:-1]):
+        file.write_bytes((bom + text + ",".join(broken) + "\n").replace("\n", end).encode())
+        with pytest.raises(InvalidConfig, match=r"t\.csv:3: not a row"):
+            read(file)
 
 
 def test_a_table_without_its_columns_is_refused(tmp_path: Path) -> None:

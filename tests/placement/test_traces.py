@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from pathlib import Path
 
@@ -56,6 +57,47 @@ def test_a_header_may_have_spaces_and_lines_may_end_as_on_windows(tmp_path: Path
     text = "TIMESTAMP, ContextTokens, GeneratedTokens\r\n2023-11-16 18:15:46.68, 374, 44\r\n"
     file.write_bytes(text.encode("utf-8-sig"))
     assert read_trace(file).prompt_tokens.tolist() == [374]
+
+
+@pytest.mark.parametrize(
+    "stamps",
+    [
+        ("2023-11-16T18:15:46.5", "2023-11-16T18:15:47.25"),
+        ("2023-11-16 18:15:46.5Z", "2023-11-16 18:15:47.25Z"),
+        ("2023-11-16 20:15:46.5+02:00", "2023-11-16 18:15:47.25+00:00"),
+    ],
+)
+def test_times_are_iso_8601_and_utc_where_they_name_no_zone(
+    tmp_path: Path, stamps: tuple[str, str]
+) -> None:
+    file = tmp_path / "t.csv"
+    file.write_text(AZURE + "".join(f"{stamp},1,2\n" for stamp in stamps))
+    arrival_s = read_trace(file).arrival_s
+    assert arrival_s is not None and arrival_s.tolist() == [0.0, 0.75]
+
+
+def test_lines_without_content_count_only_for_the_numbers_of_others(tmp_path: Path) -> None:
+    file = tmp_path / "t.csv"
+    file.write_text(f"\n \n{AZURE}\nXXX,374.0,44\n   \nXXX,3,4\n")
+    assert read_trace(file).prompt_tokens.tolist() == [374, 3]
+    file.write_text(f"\n{AZURE}\nXXX,374,44\n   \nXXX,3.5,4\n")
+    with pytest.raises(InvalidConfig, match=r"t\.csv:6: .*whole"):
+        read_trace(file)
+
+
+def test_compressed_files_are_known_by_their_content(tmp_path: Path) -> None:
+    text = f"{AZURE}XXX,3,4\n".replace("\n", "\r\n").encode("utf-8-sig")
+    for name, content in (("a.csv", gzip.compress(text)), ("a.csv.gz", text)):
+        (tmp_path / name).write_bytes(content)
+        assert read_trace(tmp_path / name).num_requests == 1
+
+
+def test_null_in_json_lines_is_as_good_as_missing(tmp_path: Path) -> None:
+    file = tmp_path / "own.jsonl"
+    row = {"prompt_tokens": 3, "output_tokens": 4}
+    file.write_text(json.dumps(row | dict.fromkeys(("arrival_s", "class", "prefix_ids"))))
+    trace = read_trace(file)
+    assert trace.arrival_s is None and trace.classes is None and trace.prefix is None
 
 
 def test_burstgpt_is_read_in_seconds(tmp_path: Path) -> None:
@@ -118,7 +160,10 @@ def test_own_json_lines_carry_classes_and_prefixes_and_are_sorted(tmp_path: Path
         ('{"prompt_tokens": 1, "output_tokens": 2}\n{"prompt_tokens": 1}', 2, "output_tokens"),
         ('{"prompt_tokens": 1.5, "output_tokens": 2}', 1, "whole"),
         ('{"prompt_tokens": 1, "output_tokens": 2, "arrival_s": NaN}', 1, "finite"),
+        ('{"prompt_tokens": 1, "output_tokens": 2, "arrival_s": true}', 1, "finite"),
+        ('{"prompt_tokens": ' + "9" * 5000 + ', "output_tokens": 2}', 1, "5000 digits"),
         ("a,b\n1,2\n", 1, "unknown trace columns"),
+        (AZURE.replace("Gen", "ContextTokens,Gen") + "XXX,1,2,3\n", 1, "twice"),
         ("Timestamp,Request tokens,Response tokens\n5,472,18\n9,100,0\n", 3, "0 is not"),
     ],
 )

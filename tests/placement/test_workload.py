@@ -21,22 +21,28 @@ def build(seed: int = 0, **section: Any) -> Workload:
     return parse_workload(section, base=DATA).build(seed)
 
 
+def burstiness(arrival_s: np.ndarray) -> float:
+    """Coefficient of variation of the gaps: 0 uniform, 1 Poisson."""
+    gaps = np.diff(arrival_s)
+    return float(np.std(gaps) / np.mean(gaps))
+
+
 def test_poisson_and_gamma_arrivals_have_their_rate_and_burstiness() -> None:
     rng = np.random.default_rng(0)
     for cv in (0.5, 1.0, 3.0):
         arrival_s = arrivals.gamma(40_000, 5.0, cv, rng)
         assert arrivals.mean_rate_rps(arrival_s) == pytest.approx(5.0, rel=0.05)
-        assert arrivals.burstiness(arrival_s) == pytest.approx(cv, rel=0.05)
-    assert arrivals.burstiness(arrivals.poisson(40_000, 5.0, rng)) == pytest.approx(1, rel=0.05)
-    assert arrivals.burstiness(arrivals.uniform(10, 5.0)) == pytest.approx(0, abs=1e-9)
+        assert burstiness(arrival_s) == pytest.approx(cv, rel=0.05)
+    assert burstiness(arrivals.poisson(40_000, 5.0, rng)) == pytest.approx(1, rel=0.05)
+    assert burstiness(arrivals.uniform(10, 5.0)) == pytest.approx(0, abs=1e-9)
 
 
 def test_a_replay_keeps_burstiness_at_another_rate() -> None:
     workload = build(trace="azure2023_code.csv.gz", num_requests=10_000)
-    assert arrivals.burstiness(workload.arrival_s) == pytest.approx(13.2, rel=0.01)
+    assert burstiness(workload.arrival_s) == pytest.approx(13.2, rel=0.01)
     faster = workload.at_rate(8.0)
     assert faster.rate_rps == pytest.approx(8.0)
-    assert arrivals.burstiness(faster.arrival_s) == pytest.approx(13.2, rel=0.01)
+    assert burstiness(faster.arrival_s) == pytest.approx(13.2, rel=0.01)
 
 
 def test_a_replayed_window_is_part_of_the_trace_and_moves_with_the_seed() -> None:
@@ -108,6 +114,19 @@ def test_classes_have_their_shares_and_prefixes_follow_their_requests() -> None:
     np.testing.assert_array_equal(head.prefix.of(1), workload.prefix.of(90))
 
 
+@pytest.mark.parametrize(
+    ("changes", "whole"),
+    [({}, True), ({"num_requests": 100}, False), ({"arrivals": "poisson"}, False)],
+)
+def test_a_replay_that_is_the_same_for_all_seeds_is_known_as_such(
+    changes: dict[str, Any], whole: bool
+) -> None:
+    section = {"trace": "mooncake_conversation_head.jsonl.gz", "rate_rps": 1, **changes}
+    assert parse_workload(section, base=DATA).is_replayed_whole == whole
+    again = [build(seed, **section).prompt_tokens for seed in (0, 1)]
+    assert np.array_equal(*again) == whole
+
+
 def test_columns_cannot_be_changed() -> None:
     workload = build(rate_rps=1, lengths=FIXED)
     with pytest.raises(ValueError, match="read-only"):
@@ -156,6 +175,12 @@ def test_one_request_has_no_rate() -> None:
     workload = build(rate_rps=1, lengths=FIXED, num_requests=1)
     with pytest.raises(InvalidConfig, match="2 or more"):
         assert workload.rate_rps
+
+
+def test_lengths_of_which_few_fit_are_drawn_until_they_do() -> None:
+    rare = {"prompt": {"median": 120, "sigma": 0.8}, "output": {"median": 60, "sigma": 0.6}}
+    workload = build(lengths=rare, rate_rps=1, max_total_tokens=50, num_requests=500)
+    assert (workload.prompt_tokens + workload.output_tokens).max() <= 50
 
 
 def test_a_limit_that_no_request_meets_is_named() -> None:
