@@ -52,5 +52,5 @@ def ranks(
     finally:
         runner.close()
         for thread in threads:
-            thread.join(10.0)
+            thread.join(30.0)
             assert not thread.is_alive(), "a follower ends with its leader"

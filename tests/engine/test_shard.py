@@ -55,7 +55,7 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 @pytest.fixture
 def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Steps of a few tokens are cut into parts too, so that short prompts show it."""
-    monkeypatch.setattr(rank_module, "PART_TOKENS", 11)
+    monkeypatch.setattr(rank_module, "PART_TOKENS", 23)
 
 
 @pytest.mark.usefixtures("small_parts")

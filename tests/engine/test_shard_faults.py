@@ -19,7 +19,7 @@ from phasewise.tests.engine.ranks_in_threads import follow
 from phasewise.tests.engine.test_exactness import Case, _sequence
 from phasewise.tests.forked import forked
 
-LIMIT_S = 20.0
+LIMIT_S = 30.0
 
 
 @pytest.fixture(scope="module")

@@ -224,24 +224,16 @@ async def campaign(side: Side, transport: str, seed: int, schedules: int) -> Cou
     return survivor.outcomes
 
 
-async def check(side: Side, transport: str, seed: int, schedules: int) -> None:
-    outcomes = await campaign(side, transport, seed, schedules)
-    assert outcomes[side, Outcome.COMMITTED] > schedules / 4, outcomes
+CAMPAIGNS = [("shm", 1, 20), ("shm", 2, 20), ("shm", 3, 20), ("gloo", 4, 13), ("gloo", 5, 13)]
+CAMPAIGNS += [("tcp", seed, schedules) for _, seed, schedules in CAMPAIGNS[:3]]
+
+
+@pytest.mark.slow
+@at_once(side=list(Side), chosen=CAMPAIGNS)
+async def test_a_survivor_keeps_the_laws_over_dozens_of_random_lives(
+    side: Side, chosen: tuple[str, int, int]
+) -> None:
+    outcomes = await campaign(side, *chosen)
+    assert outcomes[side, Outcome.COMMITTED] > chosen[2] / 4, outcomes
     failed = sum(count for (_, outcome), count in outcomes.items() if outcome != "committed")
     assert failed > 0, outcomes
-
-
-@pytest.mark.slow
-@at_once(side=list(Side), transport=["shm", "tcp"], seed=[1, 2, 3])
-async def test_a_survivor_keeps_the_laws_over_dozens_of_random_lives(
-    side: Side, transport: str, seed: int
-) -> None:
-    await check(side, transport, seed, 20)
-
-
-@pytest.mark.slow
-@at_once(side=list(Side), seed=[4, 5])
-async def test_a_survivor_keeps_the_laws_over_random_lives_of_a_group(
-    side: Side, seed: int
-) -> None:
-    await check(side, "gloo", seed, 13)

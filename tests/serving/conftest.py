@@ -1,12 +1,11 @@
-"""What tests share: checkpoints, and launched clusters, which take ten seconds or more to start."""
+"""What tests share: checkpoints."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 
 import pytest
 from phasewise.tests.engine.test_exactness import Case
-from phasewise.tests.serving.launched import Launched
 
 
 @pytest.fixture(scope="module")
@@ -20,22 +19,3 @@ def case(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Case]:
         return cases[name]
 
     return build
-
-
-@pytest.fixture(scope="session")
-def launch() -> Iterator[Callable[..., Launched]]:
-    """`launch(["decode.replicas=2"])`: a running cluster, one for each set of overrides, stopped
-    when the session ends."""
-    running: dict[tuple[str, ...], Launched] = {}
-
-    def get(overrides: Sequence[str] = ()) -> Launched:
-        key = tuple(overrides)
-        if key not in running or running[key].process.poll() is not None:
-            running[key] = Launched(overrides)
-            running[key].wait_ready()
-        return running[key]
-
-    yield get
-    for launched in running.values():
-        if launched.process.poll() is None:
-            launched.stop()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import itertools
 import threading
 from collections.abc import AsyncIterator, Sequence
@@ -15,7 +16,9 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
+from phasewise.cluster import assembly
 from phasewise.cluster.client import AsyncClient
 from phasewise.cluster.endpoint import WorkerServer
 from phasewise.cluster.follower import follow
@@ -23,6 +26,7 @@ from phasewise.cluster.gateway import Gateway, GatewaySettings
 from phasewise.cluster.router import RouterLimits
 from phasewise.cluster.served_model import load_served_model
 from phasewise.cluster.spec import WorkerSpec
+from phasewise.cluster.worker_link import LinkTimes
 from phasewise.configs.schema import (
     DecodeConfig,
     KVConfig,
@@ -37,6 +41,7 @@ from phasewise.engine.ranks import RankHost
 from phasewise.engine.request import WorkerId
 
 MAX_MODEL_LEN = 1024
+PATIENCE_S = 20.0  # with workers that share this process, and the machine, and may be slow
 FOLLOWER = "follower-of-"
 _incarnations = itertools.count(1)
 
@@ -63,7 +68,7 @@ class Cluster:
         """Streams of all prompts at once."""
         return list(await asyncio.gather(*(self.generate(p, **sampling) for p in prompts)))
 
-    async def leftovers(self, timeout_s: float = 5.0) -> dict[str, dict[str, int]]:
+    async def leftovers(self, timeout_s: float = 30.0) -> dict[str, dict[str, int]]:
         """What each worker still holds that no request needs, once nothing does or time is up."""
         deadline_s = asyncio.get_running_loop().time() + timeout_s
         while True:
@@ -117,6 +122,7 @@ class _Pools:
             "model": model,
             "transfer": self.transfer,
             "slo": SloConfig(),
+            "heartbeat_timeout_s": PATIENCE_S,
             **paced,
         }
 
@@ -183,6 +189,7 @@ async def cluster(
         load_served_model(path, name="test", max_model_len=max_model_len),
         GatewaySettings(
             grpc_address="127.0.0.1:0",
+            times=LinkTimes(heartbeat_s=PATIENCE_S),
             router=RouterLimits(
                 local_prefill="always" if prefill == 0 else local_prefill,  # pyright: ignore
                 max_failovers=max_failovers,
@@ -197,12 +204,15 @@ async def cluster(
 async def _running(gateway: Gateway, specs: list[WorkerSpec]) -> AsyncIterator[Cluster]:
     workers = {spec.worker.name: _server(spec) for spec in specs}
     running = Cluster(gateway, workers)
+    patient = functools.partial(assembly.TransferConfig, answer_s=PATIENCE_S)
     try:
         await gateway.start()
-        addresses = await asyncio.gather(*(asyncio.to_thread(w.start) for w in workers.values()))
+        with mock.patch.object(assembly, "TransferConfig", patient):
+            starts = [asyncio.to_thread(worker.start) for worker in workers.values()]
+            addresses = await asyncio.gather(*starts)
         for spec, address in zip(specs, addresses, strict=True):
             gateway.add_worker(address, spec.role, name=spec.worker.name)
-        await gateway.wait_ready(20)
+        await gateway.wait_ready(60)
         async with AsyncClient(gateway.grpc_address) as client:
             running.client = client
             yield running
@@ -210,5 +220,5 @@ async def _running(gateway: Gateway, specs: list[WorkerSpec]) -> AsyncIterator[C
         await gateway.stop()
         await asyncio.gather(*(asyncio.to_thread(w.stop) for w in workers.values()))
         for thread in [t for t in threading.enumerate() if t.name.startswith(FOLLOWER)]:
-            await asyncio.to_thread(thread.join, 10.0)
+            await asyncio.to_thread(thread.join, 30.0)
             assert not thread.is_alive(), "a follower ends with its leader"

@@ -20,13 +20,15 @@ from phasewise.cluster.processes import Process
 
 ROOT = Path(__file__).parents[2]
 LOCAL = ROOT / "configs" / "local.yaml"
-READY_S = 90.0
-END_S = 30.0
+READY_S = 120.0
+END_S = 60.0
+PATIENCE = "gateway.heartbeat_timeout_s=10"
 MAIN = "import sys; from phasewise.cluster.cli import main; sys.exit(main(sys.argv[1:]))"
 
 
 class Launched:
-    """A cluster file under `serve --json`, on ports that the system picks unless overridden."""
+    """A cluster file under `serve --json`, on ports that the system picks unless overridden, with
+    patience for workers that a busy machine leaves waiting."""
 
     def __init__(
         self,
@@ -37,16 +39,16 @@ class Launched:
         environment: Mapping[str, str] | None = None,
     ) -> None:
         """`folder`: where its run folder goes, short enough for Ray's sockets."""
-        ports = ("gateway.grpc=127.0.0.1:0", "gateway.http=127.0.0.1:0")
-        words = [word for override in (*ports, *overrides) for word in ("--set", override)]
+        given = ("gateway.grpc=127.0.0.1:0", "gateway.http=127.0.0.1:0", PATIENCE)
+        words = [word for override in (*given, *overrides) for word in ("--set", override)]
         self.errors: IO[str] = tempfile.TemporaryFile("w+")  # noqa: SIM115
-        given = dict(environment or {}) | ({} if folder is None else {"TMPDIR": str(folder)})
+        variables = dict(environment or {}) | ({} if folder is None else {"TMPDIR": str(folder)})
         self.process = subprocess.Popen(
             [sys.executable, "-c", MAIN, "serve", str(config), "--json", *words],
             stdout=subprocess.PIPE,
             stderr=self.errors,
             text=True,
-            env=os.environ | given,
+            env=os.environ | variables,
         )
         self.address = ""
         self.http = ""

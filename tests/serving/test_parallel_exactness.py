@@ -3,21 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import random
-import signal
-import time
 from collections.abc import Coroutine
-from pathlib import Path
 from typing import Any
 
 import pytest
-from phasewise.cluster.client import Client
 from phasewise.tests.engine.test_exactness import Case
 from phasewise.tests.serving.in_process import cluster
-from phasewise.tests.serving.launched import Launched
 
-LIMIT_S = 60.0
+LIMIT_S = 100.0
 HEADS = {"num_attention_heads": 8}
 MODES: dict[str, dict[str, Any]] = {
     "colocated": {"prefill": 0},
@@ -63,38 +57,3 @@ def test_requests_at_once_are_exact_with_workers_of_several_ranks(
             assert await running.leftovers() == {}
 
     run(work())
-
-
-@pytest.mark.slow
-def test_a_worker_whose_follower_is_killed_ends_as_one_and_comes_back_whole() -> None:
-    split = ["prefill.replicas=0", "decode.tensor_parallel=2", "decode.local_prefill=always"]
-    launched = Launched(split)
-    try:
-        launched.wait_ready()
-        with launched.client() as client:
-            before = _tokens(client)
-            (follower,) = [p for p in launched.descendants() if _is_follower(p.pid)]
-            os.kill(follower.pid, signal.SIGKILL)
-            deadline_s = time.monotonic() + LIMIT_S
-            while not _is_restarted(client) and time.monotonic() < deadline_s:
-                time.sleep(0.1)
-            assert _is_restarted(client)
-            assert _tokens(client) == before
-        assert launched.stop() == 0
-    finally:
-        launched.kill()
-
-
-def _tokens(client: Client) -> list[int]:
-    prompt = list(range(1, 100))
-    outputs = client.generate(token_ids=prompt, max_tokens=16, temperature=0.0, ignore_eos=True)
-    return [token for output in outputs for token in output.token_ids]
-
-
-def _is_follower(pid: int) -> bool:
-    return b"PlacedFollower" in Path(f"/proc/{pid}/cmdline").read_bytes()
-
-
-def _is_restarted(client: Client) -> bool:
-    (worker,) = client.status().workers
-    return worker.incarnation == 2 and worker.state == "ready"

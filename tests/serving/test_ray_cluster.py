@@ -23,8 +23,8 @@ from transformers import AutoModelForCausalLM
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 NODES = Path(__file__).with_name("ray_of_two_nodes.py")
-END_S = 60.0
-RECOVER_S = 60.0
+END_S = 120.0
+RECOVER_S = 120.0
 PROMPT = [5, 6, 7] * 20
 
 
@@ -90,18 +90,15 @@ def tokens_of(launched: Launched) -> list[int]:
 
 def test_a_ray_of_two_nodes_is_joined_and_left_as_it_was(ray_nodes: RayNodes) -> None:
     """A worker with two threads of its own takes two CPUs, as many as a node has: they stand on
-    different nodes. The second start finds the places that the first has left."""
+    different nodes. The plan below, which takes all CPUs too, finds the places that it leaves."""
     threads = ["prefill.threads=2", "decode.threads=2"]
     joined = [f"ray.address={ray_nodes.address}", "decode.local_prefill=never", *threads]
-    answers = []
-    for _ in range(2):
-        launched = Launched(joined, environment=ray_nodes.environment)
-        launched.wait_ready()
-        answers.append(tokens_of(launched))
-        workers = launched.worker_pids()
-        assert launched.stop() == 0, launched.error_text()
-        assert not any(processes.find(pid) for pid in workers)
-    assert len(answers[0]) == 8 and answers[0] == answers[1]
+    launched = Launched(joined, environment=ray_nodes.environment)
+    launched.wait_ready()
+    assert len(tokens_of(launched)) == 8
+    workers = launched.worker_pids()
+    assert launched.stop() == 0, launched.error_text()
+    assert not any(processes.find(pid) for pid in workers)
     refused = Launched([*joined, "decode.replicas=2"], environment=ray_nodes.environment)
     assert refused.wait() == 2
     assert "decode.replicas" in refused.error_text()
@@ -138,7 +135,7 @@ def planned(tmp_path: Path) -> Path:
         tmp_path,
         model=f"{{path: {ROOT / 'models' / 'tiny'}, dtype: float32, max_model_len: 512}}",
         workload=f"{{arrivals: poisson, {lengths}}}",
-        slo="{ttft_ms: 2000, tpot_ms: 200, attainment: 0.9}",
+        slo="{ttft_ms: 150, tpot_ms: 50, attainment: 0.9}",
         inventory="{cores: {hardware: cpu, nodes: 2, gpus_per_node: 2, network_gbps: 1}}",
         latency="{source: profile, file: profile.json}",
         search="{affinity: low, colocated: false, max_tensor_parallel: 1, "

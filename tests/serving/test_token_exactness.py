@@ -16,7 +16,7 @@ import pytest
 from phasewise.tests.engine.test_exactness import MODELS, Case
 from phasewise.tests.serving.in_process import Cluster, cluster
 
-LIMIT_S = 60.0
+LIMIT_S = 100.0
 MODES: dict[str, dict[str, Any]] = {
     "push": {"mode": "push"},
     "pull": {"mode": "pull"},

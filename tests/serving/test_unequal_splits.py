@@ -13,7 +13,7 @@ from phasewise.tests.engine.test_exactness import Case
 from phasewise.tests.serving.in_process import Cluster, cluster
 from phasewise.tests.serving.kv_bytes import LivePools
 
-LIMIT_S = 60.0
+LIMIT_S = 100.0
 HEADS = {
     "gqa": {"num_attention_heads": 8},
     "mha": {"num_attention_heads": 8, "num_key_value_heads": 8},
@@ -47,18 +47,13 @@ CASES = [
     ("mha", options((2, 1), (1, 2), "tcp", (16, 16), "pull")),
     ("mha", options((1, 1), (2, 1), "gloo", (16, 16), "push")),
 ]
+CHOSEN = {(one["prefill_split"], one["decode_split"]) for _, one in CASES}
 REST = [
     (
-        (("gqa", "mha")[n % 2]),
-        options(*pair, ("shm", "tcp", "gloo")[n % 3], SIZES[n // 3 % 3], mode),
+        ("mha", "gqa")[n // 2 % 2],
+        options(*pair, ("shm", "tcp", "gloo")[n % 3], SIZES[n // 3 % 3], ("push", "pull")[n % 2]),
     )
-    for n, (pair, mode) in enumerate(
-        zip(
-            itertools.product(SPLITS, SPLITS),
-            itertools.cycle(("push", "pull", "push")),
-            strict=False,
-        )
-    )
+    for n, pair in enumerate(p for p in itertools.product(SPLITS, SPLITS) if p not in CHOSEN)
 ]
 
 
@@ -122,7 +117,7 @@ def test_unequal_sides_are_exact_and_hold_the_same_kv(
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("heads", "chosen"), REST)
-def test_every_pair_of_splits_is_exact_and_holds_the_same_kv(
+def test_every_other_pair_of_splits_is_exact_and_holds_the_same_kv(
     heads: str, chosen: Options, references: dict[str, Reference]
 ) -> None:
     serve(references[heads], chosen)
