@@ -23,7 +23,7 @@ from phasewise.kv_transfer.rank_endpoint import RankEndpoint
 from phasewise.prefill_worker.outgoing import Outbox
 from phasewise.tests.kv_transfer.harness import LAYOUT, QUICK, There, bounded, there
 
-CONFIG: dict[str, Any] = {**QUICK, "transport": "tcp", "answer_s": 0.3}
+CONFIG: dict[str, Any] = {**QUICK, "transport": "tcp", "answer_s": 1.0}
 PROMPT = (5, 6, 7)
 
 

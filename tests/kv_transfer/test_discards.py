@@ -27,7 +27,7 @@ def _break(worker: Here) -> None:
 @every
 @bounded
 async def test_a_peer_that_did_not_answer_hears_of_a_discard_when_it_does(transport: str) -> None:
-    config = {**QUICK, "transport": transport, "answer_s": 0.3}
+    config = {**QUICK, "transport": transport, "answer_s": 1.0}
     async with here("decode", 1, config) as (decode, _), there("prefill", 2, config) as p:
         lease = await p.do("park", blocks=[1, 2, 3], num_tokens=48, digest=5)
         p.signal(signal.SIGSTOP)
@@ -97,7 +97,7 @@ async def _ended(side: Side) -> Ended:
 @bounded
 async def test_a_rank_whose_part_nobody_fetched_is_told_though_its_leaders_part_was_sent() -> None:
     """Decode's second rank finds its counterpart silent while the leaders exchange theirs."""
-    config = {**QUICK, "transport": "tcp", "answer_s": 0.5}
+    config = {**QUICK, "transport": "tcp", "answer_s": 1.0}
     split = Split(tensor=2)
     async with sides(small_spec(), split, split, config) as (prefill, decode, source, _):
         lease, blocks = prefill.kv.new_lease(), [4, 3]
@@ -118,7 +118,7 @@ async def test_a_rank_whose_part_nobody_fetched_is_told_though_its_leaders_part_
 
 @bounded
 async def test_a_grant_that_reaches_nobody_leaves_the_lease_for_a_discard() -> None:
-    config = {**QUICK, "transport": "tcp", "answer_s": 0.3}
+    config = {**QUICK, "transport": "tcp", "answer_s": 1.0}
     async with here("decode", 1, config) as (decode, _), there("prefill", 2, config) as p:
         lease = await p.do("park", blocks=[1], num_tokens=9, digest=5)
         p.signal(signal.SIGSTOP)
