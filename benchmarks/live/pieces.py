@@ -149,10 +149,7 @@ def calibrate(case: Case, folder: Folder) -> None:
         cores=case.cores,
         serving_s=run.serving_s,
     )
-    origin = (
-        f"measured {date.today()} on {case.name}; its own run is predicted within "
-        f"{found.ttft_error:.1%} of TTFT and {found.tpot_error:.1%} of TPOT (medians)"
-    )
+    origin = f"measured {date.today()} on {case.name}; its own run is predicted {found.accuracy}"
     write_calibration(found.overheads, origin, path)
 
 

@@ -131,7 +131,7 @@ def run(args: argparse.Namespace) -> int:
         )
     origin = (
         f"measured {datetime.date.today()} on {Path(args.config).name}; its own load is predicted "
-        f"within {found.ttft_error:.1%} of TTFT and {found.tpot_error:.1%} of TPOT (medians)"
+        f"{found.accuracy}"
     )
     write_calibration(found.overheads, origin, args.output)
     if args.json:
@@ -273,10 +273,7 @@ def _text(found: Fitted, output: Path) -> str:
             table.add_row(name.removesuffix("_s"), f"{value * 1e3:.3f} ms")
         elif name != "cores":
             table.add_row(name.removesuffix("_share") + " share", f"{value:.1%}")
-    words = (
-        f"{output}: the calibration's own load is predicted within {found.ttft_error:.1%} of TTFT "
-        f"and {found.tpot_error:.1%} of TPOT (medians)"
-    )
+    words = f"{output}: the calibration's own load is predicted {found.accuracy}"
     if max(found.ttft_error, found.tpot_error) > POOR_FIT:
         words += (
             "\nwarning: that is poor. Was the machine left alone, is the profile of this hardware, "

@@ -18,7 +18,7 @@ import numpy as np
 from ...engine.step_time import StepFeatures
 from ..latency.phase_latency import PhaseLatency
 from ..latency.step_costs import FAR, RowCosts, steps_to
-from ..recurrences.phase_judge import rate_and_bound
+from ..recurrences.highest_rate import rate_and_bound
 from ..recurrences.served_steps import in_service, seen_by
 from ..simulation.deployment import Overheads
 from .phase_search import Column, PhaseSearch

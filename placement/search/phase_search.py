@@ -16,13 +16,8 @@ from ...engine.step_time import StepFeatures
 from ..latency.phase_latency import PhaseLatency
 from ..latency.step_costs import PromptCosts, RowCosts
 from ..latency.transfer import Link, visible_s
-from ..recurrences.phase_judge import (
-    JointRows,
-    PhaseJudge,
-    SlowdownRows,
-    highest_rate,
-    rate_and_bound,
-)
+from ..recurrences.highest_rate import highest_rate, rate_and_bound
+from ..recurrences.phase_judge import JointRows, PhaseJudge, SlowdownRows
 from ..recurrences.phase_times import PoolLimits, decode_end_s, prefill_end_s
 from ..recurrences.served_steps import in_service, prefill_stretch
 from ..workload.workload import Workload

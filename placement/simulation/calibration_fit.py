@@ -46,6 +46,10 @@ class Fitted:
     ttft_error: float  # median over the load's requests, relative
     tpot_error: float
 
+    @property
+    def accuracy(self) -> str:
+        return f"within {self.ttft_error:.1%} of TTFT and {self.tpot_error:.1%} of TPOT (medians)"
+
 
 def calibration_load(lengths: Sequence[int], *, answer: int, idle_s: float) -> Workload:
     """`lengths` of single prompts; `answer` tokens of what decodes together, which takes about

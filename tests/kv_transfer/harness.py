@@ -67,7 +67,7 @@ def at_once(**cases: Sequence[Any]) -> Callable[..., Callable[..., None]]:
         async def one(case: dict[str, Any], named: dict[str, Any]) -> None:
             try:
                 await test(**named, **case)
-            except BaseException as error:
+            except BaseException as error:  # whatever it is, it says of which case
                 error.add_note(f"where {case}")
                 raise
 
